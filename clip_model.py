@@ -1,0 +1,579 @@
+"""CLIP in one file: the tokenizer, the two encoders, the loader, and MaskCLIP's dense features.
+
+What stands here
+    Tokenizer, tokenize       text -> token ids, identical to OpenAI's (byte-pair encoding)
+    CLIP                      the model; its parameter names are the keys of OpenAI's checkpoints
+      .encode_image           (B, 3, H, W) -> (B, D)        one vector a picture
+      .encode_image_dense     (B, 3, H, W) -> (B, D, h, w)  one vector a patch (the paper's Sec. 3.1)
+      .encode_text            (N, 77) -> (N, D)             one vector a text
+      .encode_prompted        [SOT] v_1..v_L [name] [EOT] -> (C, D)  (the text encoder under Eq. 1)
+    load_clip                 official TorchScript archives and plain state dicts, without running code from them
+
+Symbols
+    B pictures, N texts, C classes; H x W pixels, p patch size, h x w patches (h = ceil(H/p)), n = h*w
+    D joint width of image and text, W width of a transformer, L prompt vectors
+
+Copied elsewhere, it is used like this:
+    clip = load_clip("ViT-B/16")
+    text = clip.encode_text(clip.tokenize(["a photo of a cat.", "a photo of a dog."]))  # (2, D)
+    dense = clip.encode_image_dense(normalise(pictures))                                # (B, D, h, w)
+
+Sources: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021) and
+openai/CLIP (MIT licence) for the model; Zhou et al., "Extract Free Dense Labels from CLIP" (MaskCLIP, 2022).
+"""
+
+import gzip
+import hashlib
+import html
+import math
+import os
+import pickle
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, in [0, 1] units (openai/CLIP)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# file name -> (address, sha256). For the weights, the address carries the sha256 itself.
+FILES = {
+    "ViT-B-16.pt": (
+        "https://openaipublic.azureedge.net/clip/models/"
+        "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+        "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "bpe_simple_vocab_16e6.txt.gz": (
+        "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+}
+
+
+def normalise(images):
+    """Pictures in [0, 1], (B, 3, H, W), as CLIP wants them: minus its mean, over its standard deviation."""
+    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return (images - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files: where they are, how they come, how they are written
+# ---------------------------------------------------------------------------------------------------------
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def written_atomically(path):
+    """Yields a temporary path beside `path`, renamed onto it only when the block ends well.
+
+    Whatever happens in between (a kill, a full disk), `path` holds either its old content or the whole new one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # the data must be on the disk before the new name is
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def download(url, path, sha256):
+    """Fetches `url` to `path`, checks its sha256, and leaves nothing behind when either fails."""
+    with written_atomically(path) as temporary:
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer, open(temporary, "wb") as file:
+                total, done = int(answer.headers.get("Content-Length") or 0), 0
+                while block := answer.read(1 << 20):
+                    done += file.write(block)
+                    print(f"\r{Path(path).name}: {done >> 20} of {total >> 20 or '?'} MB", end="", file=sys.stderr)
+                print(file=sys.stderr)
+        except OSError as error:
+            raise OSError(f"cannot download {url} ({error}); fetch it elsewhere and put it at {path}") from error
+        if sha256_of(temporary) != sha256:
+            raise ValueError(f"{url} did not give the file with sha256 {sha256}; nothing was kept, try again "
+                             f"or put the right file at {path}")
+
+
+def find_file(name):
+    """Path of one of FILES in $CLIP_HOME (default ~/.cache/clip, OpenAI's own cache), downloaded if missing."""
+    path = Path(os.environ.get("CLIP_HOME", "~/.cache/clip")).expanduser() / name
+    url, sha256 = FILES[name]
+    if not path.exists():
+        download(url, path, sha256)
+    elif sha256_of(path) != sha256:
+        raise ValueError(f"{path} is not the official {name} (its sha256 differs): delete it, and it is "
+                         "downloaded again")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokenizer: text -> ids
+# ---------------------------------------------------------------------------------------------------------
+
+@lru_cache
+def byte_alphabet():
+    """{byte: printable character}: byte-pair encoding works on text, so each of the 256 bytes gets a visible
+    character. Printable ones stand for themselves; the rest (spaces, controls) are numbered from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding: the same ids as OpenAI's `clip.tokenize` on any text.
+
+    merges: list of (left, right) pairs in order of rank. The vocabulary follows from it: 256 byte characters,
+    the same 256 at the end of a word ("</w>"), one token a merge, start and end of text.
+    """
+
+    WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]"
+                          r"|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+    def __init__(self, merges):
+        letters = list(byte_alphabet().values())
+        vocabulary = letters + [c + "</w>" for c in letters] + ["".join(pair) for pair in merges]
+        vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+        self.ids = {token: i for i, token in enumerate(vocabulary)}
+        self.rank = {tuple(pair): i for i, pair in enumerate(merges)}
+        self.start, self.end = len(vocabulary) - 2, len(vocabulary) - 1
+        self._of_word = {}  # words repeat: each is merged once
+
+    @classmethod
+    def from_file(cls, path=None):
+        """From a bpe_simple_vocab_16e6.txt.gz: the given one, else the one in $CLIP_HOME, else a download."""
+        path = Path(path) if path else find_file("bpe_simple_vocab_16e6.txt.gz")
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                lines = file.read().split("\n")
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a readable BPE vocabulary ({error}); delete it to have it "
+                             "downloaded again") from error
+        # A title line, then the merges by rank; CLIP uses the first 48,894 of them, so that the vocabulary
+        # has 49,152 + 256 = 49,408 tokens.
+        return cls([tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]])
+
+    def encode(self, text):
+        """Ids of one text, without start and end. Unicode is mended, HTML entities resolved (twice, as
+        OpenAI does), white space folded, upper case lowered."""
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = regex.sub(r"\s+", " ", text).strip().lower()
+        return [i for word in self.WORDS.findall(text) for i in self._word_ids(word)]
+
+    def _word_ids(self, word):
+        if word not in self._of_word:
+            if word in ("<|startoftext|>", "<|endoftext|>"):
+                parts = [word]
+            else:
+                parts = [byte_alphabet()[b] for b in word.encode("utf-8")]
+                parts[-1] += "</w>"
+            while len(parts) > 1:  # merge the pair of lowest rank, everywhere, until no pair is known
+                left, right = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
+                if (left, right) not in self.rank:
+                    break
+                merged, i = [], 0
+                while i < len(parts):
+                    if parts[i:i + 2] == [left, right]:
+                        merged.append(left + right)
+                        i += 2
+                    else:
+                        merged.append(parts[i])
+                        i += 1
+                parts = merged
+            self._of_word[word] = [self.ids[part] for part in parts]
+        return self._of_word[word]
+
+    def __call__(self, texts, context_length=77, truncate=False):
+        """[SOT] ids [EOT] 0 0 ... -> (N, context_length) int64. A text too long is an error that names it,
+        or is cut, its last place kept for EOT, when `truncate` is true."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)  # (N, context_length)
+        for row, text in zip(tokens, texts):
+            ids = [self.start, *self.encode(text), self.end]
+            if len(ids) > context_length:
+                if not truncate:
+                    raise ValueError(f"text of {len(ids)} tokens does not fit into {context_length}: {text!r}; "
+                                     "shorten it or pass truncate=True")
+                ids = ids[:context_length - 1] + [self.end]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+@lru_cache
+def openai_tokenizer(bpe_path=None):
+    return Tokenizer.from_file(bpe_path)
+
+
+def tokenize(texts, context_length=77, truncate=False, bpe_path=None):
+    """OpenAI's vocabulary: str or list of N str -> (N, context_length) int64."""
+    return openai_tokenizer(bpe_path)(texts, context_length, truncate)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Transformer
+# ---------------------------------------------------------------------------------------------------------
+
+class QuickGELU(nn.Module):
+    """OpenAI's approximation of GELU; the weights were trained with it, so exact GELU would be wrong."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; parameters named like nn.MultiheadAttention's, as in the checkpoint."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))  # query, key and value, stacked
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def project(self, x, part):
+        """part 0, 1, 2: queries, keys, values of x (B, N, W) -> (B, heads, N, W / heads)"""
+        weight, bias = self.in_proj_weight.chunk(3)[part], self.in_proj_bias.chunk(3)[part]
+        return F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x, mask=None, rows=None):
+        """x (B, N, W); mask, boolean, true = may be read: (N, N), or (len(rows), N) when `rows` names the
+        positions whose output is wanted; mask "causal" lets each position read itself and what is before."""
+        q = self.project(x if rows is None else x[:, rows], 0)  # (B, heads, N or rows, W / heads)
+        k, v = self.project(x, 1), self.project(x, 2)           # (B, heads, N, W / heads)
+        causal = isinstance(mask, str)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal)
+        return self.out_proj(out.transpose(1, 2).flatten(2))    # (B, N or rows, W)
+
+
+class ResidualAttentionBlock(nn.Module):
+    """x + attention, then x + two-layer perceptron, both behind a layer norm (pre-norm)."""
+
+    def __init__(self, width, heads, activation=QuickGELU):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", activation())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x, mask=None, rows=None):
+        """(B, N, W) -> (B, N, W), or (B, len(rows), W) where only some positions are needed"""
+        x = (x if rows is None else x[:, rows]) + self.attn(self.ln_1(x), mask, rows)
+        return x + self.mlp(self.ln_2(x))
+
+    def value_path(self, x):
+        """MaskCLIP's last block (the paper's Sec. 3.1): no query and no key; each position keeps its own
+        value, projected, which equals a 1x1 convolution of the grid. The paper does not mention the residual
+        and the perceptron; the released code keeps both, as MaskCLIP does, and so do we. (B, N, W) -> same"""
+        x = x + self.attn.out_proj(self.attn.project(self.ln_1(x), 2).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers, activation=QuickGELU):
+        super().__init__()
+        heads = max(1, width // 64)  # OpenAI's rule; a state dict does not tell the number of heads
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, activation) for _ in range(layers))
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, patch, width, layers, grid, output_dim, activation=QuickGELU):
+        super().__init__()
+        self.patch, self.grid = patch, grid
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty(grid * grid + 1, width))  # class token first
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, activation)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.empty(width, output_dim))
+
+    def positional_grid(self, h, w):
+        """The patches' positional embedding, bicubically resized: (1, W, h, w). Also p in Sec. 3.3."""
+        grid = self.positional_embedding[1:].T.unflatten(1, (self.grid, self.grid))[None]  # (1, W, grid, grid)
+        if (h, w) == (self.grid, self.grid):
+            return grid
+        return F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+
+    def embed(self, images):
+        """Normalised pictures (B, 3, H, W) -> tokens (B, 1 + n, W) and the grid's size (h, w).
+
+        H and W that are no multiple of the patch are padded right and bottom with zeros (the mean colour);
+        `to_pixels` cuts what lies over the padding off again."""
+        H, W = images.shape[-2:]
+        images = F.pad(images, (0, -W % self.patch, 0, -H % self.patch))
+        x = self.conv1(images)                                                      # (B, W, h, w)
+        h, w = x.shape[-2:]
+        x = (x + self.positional_grid(h, w)).flatten(2).transpose(1, 2)             # (B, n, W)
+        first = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)
+        return self.ln_pre(torch.cat([first.to(x.dtype), x], dim=1)), (h, w)        # (B, 1 + n, W)
+
+
+class CLIP(nn.Module):
+    """CLIP with a vision transformer. Attributes: `.tokenizer`, `.source` (name or path) and `.sha256`
+    of the file it came from (set by load_clip)."""
+
+    def __init__(self, embed_dim, patch, vision_width, vision_layers, grid, context_length, vocab_size,
+                 text_width, text_layers, quick_gelu=True):
+        super().__init__()
+        activation = QuickGELU if quick_gelu else nn.GELU
+        self.visual = VisionTransformer(patch, vision_width, vision_layers, grid, embed_dim, activation)
+        self.transformer = Transformer(text_width, text_layers, activation)
+        self.token_embedding = nn.Embedding(vocab_size, text_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
+        self.ln_final = nn.LayerNorm(text_width)
+        self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # exp of it is 1 / tau
+        self.tokenizer, self.source, self.sha256 = None, None, None
+
+    @property
+    def context_length(self):
+        return len(self.positional_embedding)
+
+    @property
+    def input_resolution(self):
+        """Side in pixels of the square pictures it was trained on."""
+        return self.visual.grid * self.visual.patch
+
+    def tokenize(self, texts, truncate=False):
+        """In this model's own vocabulary and length; OpenAI's if the weights brought none. -> (N, context)"""
+        return (self.tokenizer or openai_tokenizer())(texts, self.context_length, truncate)
+
+    def encode_image(self, images):
+        """Normalised pictures (B, 3, H, W) -> (B, D), not normalised."""
+        x, _ = self.visual.embed(images)                    # (B, 1 + n, W)
+        *blocks, last = self.visual.transformer.resblocks
+        for block in blocks:
+            x = block(x)
+        x = last(x, rows=[0])[:, 0]                         # (B, W): only the class token is read
+        return self.visual.ln_post(x) @ self.visual.proj    # (B, D)
+
+    def encode_image_dense(self, images):
+        """Normalised pictures (B, 3, H, W) -> patch features Z in the joint space (B, D, h, w), not normalised,
+        with h = ceil(H / patch): MaskCLIP's reading of CLIP (Sec. 3.1)."""
+        x, size = self.visual.embed(images)                 # (B, 1 + n, W)
+        *blocks, last = self.visual.transformer.resblocks
+        for block in blocks:
+            x = block(x)
+        x = last.value_path(x[:, 1:])                       # (B, n, W): the class token ends here
+        x = self.visual.ln_post(x) @ self.visual.proj       # (B, n, D)
+        return x.transpose(1, 2).unflatten(2, size)         # (B, D, h, w)
+
+    def to_pixels(self, grid, height, width):
+        """(B, C, h, w) on patches -> (B, C, height, width) on pixels, bilinear, the padded part cut off."""
+        size = [side * self.visual.patch for side in grid.shape[-2:]]
+        return F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
+
+    def encode_text(self, tokens):
+        """(N, context) int64 -> (N, D), not normalised: the state at EOT, which has the largest id."""
+        end = tokens.argmax(-1)                             # (N,)
+        tokens = tokens[:, :int(end.max()) + 1]             # causal: what stands behind EOT is never read
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (N, length, W)
+        for block in self.transformer.resblocks:
+            x = block(x, "causal")
+        x = x[torch.arange(len(x)), end]                    # (N, W)
+        return self.ln_final(x) @ self.text_projection      # (N, D)
+
+    def encode_prompted_plain(self, prompt, names):
+        """The texts [SOT] v_1..v_L [name] [EOT] (Eq. 1), each encoded on its own. Slow, for reading and testing.
+        prompt (L, W); names: C lists of token ids -> (C, D)"""
+        texts = []
+        for name in names:
+            ids = torch.tensor([self.sot, *name, self.eot], device=prompt.device)
+            first, rest = self.token_embedding(ids).split([1, len(name) + 1])
+            x = torch.cat([first, prompt, rest])            # (1 + L + len(name) + 1, W)
+            x = (x + self.positional_embedding[:len(x)])[None]
+            for block in self.transformer.resblocks:
+                x = block(x, "causal")
+            texts.append(self.ln_final(x[0, -1]) @ self.text_projection)
+        return torch.stack(texts)                           # (C, D)
+
+    def encode_prompted(self, prompt, names):
+        """The same as encode_prompted_plain, exactly, an order of magnitude faster.
+
+        All texts share [SOT] v_1..v_L, and the transformer is causal, so the states of that prefix do not
+        depend on what follows: it is encoded once. Behind it the names lie packed,
+            SOT v_1 .. v_L | name_1 EOT | name_2 EOT | ... ,
+        and the mask lets each token read the prefix and its own name only: 117 positions instead of 20 x 77
+        for VOC. Of the last block only the EOT positions are computed.
+        """
+        P, ends = 1 + len(prompt), [len(name) + 1 for name in names]
+        ids = torch.tensor([i for name in names for i in (*name, self.eot)], device=prompt.device)      # (T,)
+        place = torch.cat([torch.arange(P), *(P + torch.arange(n) for n in ends)]).to(prompt.device)    # (P+T,)
+        owner = torch.repeat_interleave(torch.arange(-1, len(names)), torch.tensor([P, *ends])).to(prompt.device)
+        mask = (place <= place[:, None]) & ((owner == -1) | (owner == owner[:, None]))            # (P+T, P+T)
+        eot = P - 1 + torch.tensor(ends, device=prompt.device).cumsum(0)                                # (C,)
+
+        start = self.token_embedding.weight[self.sot][None]                                             # (1, W)
+        x = torch.cat([start, prompt, self.token_embedding(ids)]) + self.positional_embedding[place]
+        x = x[None]                                                                               # (1, P+T, W)
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = block(x, mask)
+        x = last(x, mask[eot], rows=eot)[0]                                                             # (C, W)
+        return self.ln_final(x) @ self.text_projection                                                  # (C, D)
+
+    @property
+    def sot(self):
+        return self.token_embedding.num_embeddings - 2
+
+    @property
+    def eot(self):
+        return self.token_embedding.num_embeddings - 1
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """OpenAI's initialisation, for training from scratch and for tests; load_clip overwrites all of it."""
+        for tower in (self.visual.transformer, self.transformer):
+            width, layers = tower.resblocks[0].ln_1.weight.numel(), len(tower.resblocks)
+            for block in tower.resblocks:
+                nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+                for bias in (block.attn.in_proj_bias, block.attn.out_proj.bias, block.mlp.c_fc.bias,
+                             block.mlp.c_proj.bias):
+                    nn.init.zeros_(bias)
+        scale = self.visual.class_embedding.numel() ** -0.5
+        for tensor in (self.visual.class_embedding, self.visual.positional_embedding, self.visual.proj):
+            nn.init.normal_(tensor, std=scale)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------
+
+def build_clip(state, quick_gelu=True):
+    """A CLIP whose sizes are read off the shapes of its state dict, on the meta device (no weights yet)."""
+    def layers(prefix):
+        return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
+
+    embed_dim, text_width = state["text_projection"].shape[1], state["ln_final.weight"].shape[0]
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
+    with torch.device("meta"):
+        return CLIP(embed_dim, patch, width, layers("visual.transformer.resblocks."), grid,
+                    context_length=state["positional_embedding"].shape[0],
+                    vocab_size=state["token_embedding.weight"].shape[0], text_width=text_width,
+                    text_layers=layers("transformer.resblocks."), quick_gelu=quick_gelu)
+
+
+class _Holder:
+    """Stands in for every class of a TorchScript archive: it keeps the attributes and runs nothing."""
+
+
+def read_torchscript(path):
+    """All tensors of a TorchScript archive as {dotted name: tensor}, without executing anything from it.
+
+    Such an archive is a zip: data.pkl is the tree of modules, data/0, data/1, ... are the raw storages. The
+    unpickler below knows tensors and the module tree and refuses every other name, so a hostile file can
+    do no more than fail. (torch.jit.load would run its code; torch.load(weights_only=True) refuses it.)
+    """
+    dtypes = {"HalfStorage": torch.float16, "FloatStorage": torch.float32, "DoubleStorage": torch.float64,
+              "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool,
+              "BFloat16Storage": torch.bfloat16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+              "ShortStorage": torch.int16}
+
+    def tensor_from(flat, offset, size, stride, *unused):
+        return flat.as_strided(size, stride, offset)  # raises when it would reach outside the storage
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module.startswith("__torch__"):
+                return type(name, (_Holder,), {})
+            if module == "torch" and name in dtypes:
+                return dtypes[name]
+            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+                return tensor_from
+            if (module, name) == ("collections", "OrderedDict"):
+                return dict
+            if module == "torch.jit._pickle" and name.startswith("build_"):
+                return list
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+        def persistent_load(self, record):
+            _, dtype, key, _, count = record
+            raw = bytearray(archive.read(f"{root}/data/{key}"))
+            return torch.frombuffer(raw, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+
+    def flatten(holder, prefix=""):
+        for name, value in vars(holder).items():
+            if isinstance(value, torch.Tensor):
+                yield prefix + name, value
+            elif isinstance(value, _Holder):
+                yield from flatten(value, prefix + name + ".")
+
+    with zipfile.ZipFile(path) as archive:
+        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        root = pickled.rsplit("/", 1)[0]
+        with archive.open(pickled) as file:
+            return dict(flatten(Unpickler(file).load()))
+
+
+def read_state(path):
+    """The tensors of a checkpoint file, fp32, and the merge list of its tokenizer (None: OpenAI's)."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no CLIP weights at {path}: give --clip a file or the name 'ViT-B/16'")
+    merges = None
+    try:
+        scripted = zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
+        if scripted:
+            state = read_torchscript(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if "state_dict" in state:
+                state, merges = state["state_dict"], state.get("merges")
+        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    except Exception as error:  # whatever a broken or hostile file provokes ends in one sentence
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(f"cannot read CLIP weights from {path} (truncated, not a checkpoint, or unsafe): "
+                         f"{reason}") from error
+    for key in ("input_resolution", "context_length", "vocab_size"):  # scalars beside the weights
+        state.pop(key, None)
+    return state, merges
+
+
+def load_clip(name_or_path="ViT-B/16", device="cpu", quick_gelu=True):
+    """CLIP in eval mode, fp32, frozen.
+
+    name_or_path: "ViT-B/16" ($CLIP_HOME or a download, checked by sha256), or a file: an official TorchScript
+        archive, or a plain state dict, possibly as {"state_dict": ..., "merges": [...]} with its own tokenizer.
+    quick_gelu: False for OpenCLIP's LAION weights, which were trained with the exact GELU.
+    Errors: FileNotFoundError, OSError (download), ValueError (any unfit file), each with one sentence.
+    """
+    path = find_file("ViT-B-16.pt") if name_or_path == "ViT-B/16" else Path(name_or_path)
+    state, merges = read_state(path)
+    if "visual.layer1.0.conv1.weight" in state:
+        raise ValueError(f"{path} is a CLIP with a ResNet; ReCLIP needs the patches of a ViT, such as ViT-B/16")
+    try:
+        clip = build_clip(state, quick_gelu)
+        clip.load_state_dict(state, strict=True, assign=True)
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not hold the weights of a ViT CLIP: {reason}") from error
+    clip.tokenizer = Tokenizer([tuple(pair) for pair in merges]) if merges is not None else None
+    clip.source = name_or_path if name_or_path == "ViT-B/16" else str(path.resolve())
+    clip.sha256 = sha256_of(path)
+    return clip.eval().requires_grad_(False).to(device)
