@@ -29,7 +29,6 @@ import math
 import os
 import pickle
 import sys
-import tempfile
 import urllib.request
 import zipfile
 from contextlib import contextmanager
@@ -83,15 +82,14 @@ def written_atomically(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        yield Path(temporary)
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # the data must be on the disk before the new name is
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def download(url, path, sha256):
@@ -353,9 +351,12 @@ class CLIP(nn.Module):
         """Side in pixels of the square pictures it was trained on."""
         return self.visual.grid * self.visual.patch
 
+    def tokenizer_or_default(self):
+        return self.tokenizer or openai_tokenizer()
+
     def tokenize(self, texts, truncate=False):
         """In this model's own vocabulary and length; OpenAI's if the weights brought none. -> (N, context)"""
-        return (self.tokenizer or openai_tokenizer())(texts, self.context_length, truncate)
+        return self.tokenizer_or_default()(texts, self.context_length, truncate)
 
     def encode_image(self, images):
         """Normalised pictures (B, 3, H, W) -> (B, D), not normalised."""

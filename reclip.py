@@ -1,0 +1,317 @@
+"""ReCLIP's rectification (Sec. 3.1-3.4): CLIP's two biases, learnt without labels and subtracted.
+
+What stands here, in the paper's order
+    PROMPTS, query_text_features    Sec. 3.1   W_q, the frozen classifier
+    ReferencePrompt                 Eq. (1)    W_r, from learnable word vectors: class-preference bias
+    PositionalBias                  Sec. 3.3   M_p, from CLIP's positional embedding: space-preference bias
+    bias_logits, rectify_logits     Eq. (2, 3) M_b = M_r + M_p;  M = M_q - M_b
+    gumbel_softmax_masks            Eq. (4)    differentiable hard masks
+    image_level_labels              Sec. 3.4   which classes does the picture hold?
+    masked_features, contrastive_loss  Eq. (5)
+    ReCLIP                          all of it as one module, with save and load
+
+Symbols
+    B pictures, C classes, D joint width of CLIP; H x W pixels, h x w patches, n = h*w; L prompt vectors
+    Z    features            (B, D, h, w)  CLIP's patch features, each of length 1
+    W_q  query text features (C, D)        W_r  reference text features (C, D)
+    M_q  query_logits, M_r reference_logits, M_p positional_logits, M rectified_logits: (B, C, h, w)
+    (the paper writes n x C for one picture; we keep the grid, h x w = n, and the batch)
+
+Copied elsewhere (with clip_model.py), it is used like this:
+    model = ReCLIP(load_clip("ViT-B/16"), ["cat", "dog", "grass"])   # pictures in [0, 1], (B, 3, H, W)
+    loss = model.loss(pictures, model.image_labels(thumbnails, threshold=23, top_k=2)); loss.backward()
+    masks = model(pictures).rectified.argmax(1)                      # (B, h, w)
+
+Where the paper and its authors' released code differ, a comment says so and a named argument offers both.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clip_model import load_clip, normalise, written_atomically
+
+# ---------------------------------------------------------------------------------------------------------
+# Sec. 3.1: the Query. 80 templates of CLIP's ImageNet ensemble and 5 "in the scene" ones (MaskCLIP's list)
+# ---------------------------------------------------------------------------------------------------------
+
+_PHOTOS = ("bad", "black and white", "blurry", "bright", "close-up", "cropped", "dark", "good", "jpeg corrupted",
+           "low resolution", "pixelated")
+_WORKS = ("doodle", "drawing", "painting", "photo", "rendering", "rendition", "sculpture", "sketch", "tattoo")
+_LOOKS = ("clean", "cool", "dirty", "hard to see", "large", "nice", "small", "weird")
+_MADE = ("cartoon", "embroidered", "origami", "plastic", "plushie", "toy")
+
+PROMPTS = tuple(template.replace("[a]", article) for article in ("a", "the") for template in (
+    *(f"a {word} photo of [a] {{}}." for word in _PHOTOS),
+    *(f"a {word} of [a] {{}}." for word in _WORKS),
+    *(f"a photo of [a] {word} {{}}." for word in _LOOKS),
+    *(f"[a] {word} {{}}." for word in _MADE),
+    "art of [a] {}.", "graffiti of [a] {}.", "itap of [a] {}.", "[a] {} in a video game.",
+    "there is [a] {} in the scene.", "this is [a] {} in the scene.",
+)) + ("a photo of many {}.", "a photo of my {}.", "a photo of one {}.", "itap of my {}.",
+      "this is one {} in the scene.")
+
+
+@torch.no_grad()
+def query_text_features(clip, class_names, prompts=PROMPTS):
+    """W_q (Sec. 3.1): per class the mean of the normalised text features of all prompts, normalised: (C, D).
+    "sofa | couch" is one class: both names go into the mean."""
+    device, rows = clip.logit_scale.device, []
+    for name in class_names:
+        texts = [prompt.format(synonym.strip()) for synonym in name.split("|") for prompt in prompts]
+        features = F.normalize(clip.encode_text(clip.tokenize(texts).to(device)), dim=-1)  # (texts, D)
+        rows.append(F.normalize(features.mean(0), dim=-1))
+    return torch.stack(rows)                                                                # (C, D)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sec. 3.2: the Reference, class-preference bias
+# ---------------------------------------------------------------------------------------------------------
+
+class ReferencePrompt(nn.Module):
+    """Eq. (1): R_i = [v_1][v_2]...[v_L][CLS], the same L learnable vectors for all classes; () -> W_r (C, D).
+
+    norm: the paper does not say how long W_r is. "frobenius" (released) divides by the norm of the whole
+        C x D matrix, so that a row has length about 1/sqrt(C) and M_r is a mild correction to M_q;
+        "class" gives each row length 1.
+    """
+
+    def __init__(self, clip, class_names, length=73, norm="frobenius"):
+        super().__init__()
+        if norm not in ("frobenius", "class"):
+            raise ValueError(f"reference_norm is {norm!r}; it must be 'frobenius' or 'class'")
+        text = clip.tokenizer_or_default()
+        self.names = [text.encode(name.split("|")[0]) for name in class_names]
+        # Sec. 3.2 has 73 = 77 - 2 (start, end) - 2 (name), whatever the name; the released code cuts longer
+        # names off. We shorten the prompt instead, so that the longest name fits.
+        length = min(length, clip.context_length - 2 - max(map(len, self.names)))
+        if length < 1:
+            raise ValueError(f"a class name is too long for this CLIP's {clip.context_length} tokens")
+        # Released: all vectors start as the embedding of token 0 ("!"). They leave each other because each
+        # stands at another place of the text.
+        self.vectors = nn.Parameter(clip.token_embedding.weight[0].detach().repeat(length, 1))  # (L, W)
+        self.norm = norm
+
+    def forward(self, clip):
+        W_r = clip.encode_prompted(self.vectors, self.names)                                    # (C, D)
+        return W_r / (W_r.norm() if self.norm == "frobenius" else W_r.norm(dim=-1, keepdim=True))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sec. 3.3: the positional net, space-preference bias
+# ---------------------------------------------------------------------------------------------------------
+
+class PositionalBias(nn.Module):
+    """Sec. 3.3: three 3x3 convolutions, each with batch norm, over CLIP's positional embedding:
+    (1, W, h, w) -> M_p (1, channels, h, w), the same for all pictures of one size.
+
+    channels: the paper has one, shared by all classes (Eq. 2). A logit that all classes share cancels in
+        every softmax and argmax over classes: it can change no mask and receives no gradient. The released
+        code has C, one a class, and so do we by default; 1 is offered as the paper's text.
+    last_relu: released: a ReLU behind the last batch norm too, hence M_p >= 0. The paper does not say.
+    start: initial weight of the last batch norm (ours; 1 is the usual). With 1, M_p starts with a spread of
+        about 1 against cosines that differ by .05: a short run cannot recover from that. Not 0, because
+        behind the last ReLU a zero would never move.
+    """
+
+    def __init__(self, width, channels, last_relu=True, start=1.0):
+        super().__init__()
+        layers, sizes = [], (width, 512, 256, channels)  # widths as released
+        for i, o in zip(sizes, sizes[1:]):
+            conv = nn.Conv2d(i, o, 3, padding=1, bias=False)  # the batch norm has a bias already
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            layers += [conv, nn.BatchNorm2d(o), nn.ReLU()]
+        nn.init.constant_(layers[-2].weight, start)
+        self.net = nn.Sequential(*(layers if last_relu else layers[:-1]))
+
+    def forward(self, positional_grid):
+        return self.net(positional_grid)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sec. 3.4: rectification and its loss
+# ---------------------------------------------------------------------------------------------------------
+
+def segmentation_logits(features, text_features):
+    """The 1x1 convolution of Sec. 3.1, 3.2: Z (B, D, h, w), W (C, D) -> (B, C, h, w)"""
+    return torch.einsum("bdhw,cd->bchw", features, text_features)
+
+
+def bias_logits(reference_logits, positional_logits):
+    """Eq. (2): M_b = M_r + M_p*; M_p (1, 1 or C, h, w) is expanded over pictures and classes."""
+    return reference_logits + positional_logits
+
+
+def rectify_logits(query_logits, bias):
+    """Eq. (3): M = M_q - M_b"""
+    return query_logits - bias
+
+
+def gumbel_softmax_masks(rectified_logits, tau_1=0.001):
+    """Eq. (4): hard masks with a gradient, (B, C, h, w) -> (B, C, h, w), one class a patch is 1, the rest 0.
+
+    Forward: one-hot argmax of M / tau_1 + Gumbel noise, a sample of softmax(M / tau_1). Backward: the
+    gradient of that softmax (straight-through). The temperature divides the logits before the noise is
+    added, as released (logits x 1000); dividing noise and logits together would drown cosines in noise.
+    """
+    return F.gumbel_softmax(rectified_logits / tau_1, tau=1.0, hard=True, dim=1)
+
+
+def image_level_labels(similarity, threshold, top_k):
+    """Sec. 3.4: classes whose similarity (B, C) is above the threshold; if there is none, the top_k best, as
+    released. -> (B, C) bool, at least one true a picture"""
+    labels = similarity > threshold
+    best = torch.zeros_like(labels).scatter_(1, similarity.topk(min(top_k, similarity.shape[1]), dim=1).indices, True)
+    return torch.where(labels.any(1, keepdim=True), labels, best)
+
+
+def masked_features(features, masks, pool="global"):
+    """Z_g of Sec. 3.4, pooled: Z (B, D, h, w), masks (B, C, h, w) -> (B, C, D).
+
+    pool: "global" divides by all n patches (paper and released: "global average pooling"), so a small mask
+        gives a short vector and the loss also asks for area; "mask" divides by the mask's own area.
+    """
+    total = torch.einsum("bchw,bdhw->bcd", masks, features)
+    if pool == "global":
+        return total / masks[0, 0].numel()
+    return total / masks.sum((2, 3)).clamp(min=1)[:, :, None]
+
+
+def contrastive_loss(pooled, W_q, labels, tau):
+    """Eq. (5): pooled masked features (B, C, D), W_q (C, D), image-level labels (B, C) bool -> scalar.
+
+    S[c_k, j] is the product of pooled feature c_k with the text of class j; the masked feature of each class
+    found in the picture must be told from all C texts. Mean over a picture's K classes, then over pictures.
+    """
+    S = torch.einsum("bcd,jd->bcj", pooled, W_q)                   # (B, C, C)
+    log_p = F.log_softmax(S / tau, dim=-1).diagonal(dim1=1, dim2=2)  # (B, C): log of the fraction, j = c_k
+    K = labels.sum(1).clamp(min=1)                                 # (B,)
+    return -((log_p * labels).sum(1) / K).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# All of it
+# ---------------------------------------------------------------------------------------------------------
+
+class Logits(NamedTuple):
+    query: torch.Tensor       # M_q (B, C, h, w), cosines
+    reference: torch.Tensor   # M_r (B, C, h, w)
+    positional: torch.Tensor  # M_p (1, 1 or C, h, w)
+    rectified: torch.Tensor   # M   (B, C, h, w)
+    features: torch.Tensor    # Z   (B, D, h, w), each patch of length 1
+
+
+class ReCLIP(nn.Module):
+    """CLIP, frozen, with what is learnt about its biases. Pictures come in [0, 1], (B, 3, H, W).
+
+    class_names: C strings. positional_channels: None for C; 1 as the paper prints; 0 for no positional net
+    (Table 4's second row). tau: None for 1 / (CLIP's own logit scale), 0.01 for OpenAI's. The other
+    arguments stand with the functions above that use them.
+    """
+
+    def __init__(self, clip, class_names, *, prompt_length=73, reference_norm="frobenius",
+                 positional_channels=None, positional_last_relu=True, positional_start=1.0,
+                 tau_1=0.001, tau=None, pool="global", W_q=None):
+        super().__init__()
+        if pool not in ("global", "mask"):
+            raise ValueError(f"pool is {pool!r}; it must be 'global' or 'mask'")
+        if len(set(class_names)) < len(class_names) or len(class_names) < 2:
+            raise ValueError(f"class names must be at least two, all different: {', '.join(class_names)}")
+        self.settings = dict(prompt_length=prompt_length, reference_norm=reference_norm,
+                             positional_channels=positional_channels, positional_last_relu=positional_last_relu,
+                             positional_start=positional_start, tau_1=tau_1, tau=tau, pool=pool)
+        self.clip, self.class_names = clip.requires_grad_(False).eval(), tuple(class_names)
+        self.tau_1, self.pool = tau_1, pool
+        self.tau = tau or 1 / clip.logit_scale.exp().item()
+        self.register_buffer("W_q", query_text_features(clip, class_names) if W_q is None else W_q)  # (C, D)
+        self.reference = ReferencePrompt(clip, class_names, prompt_length, reference_norm)
+        channels = len(class_names) if positional_channels is None else positional_channels
+        width = clip.visual.class_embedding.numel()
+        self.positional = PositionalBias(width, channels, positional_last_relu, positional_start) if channels else None
+        self._known = {}  # in eval mode W_r and M_p do not change: computed once
+        self.to(clip.logit_scale.device)
+
+    def train(self, mode=True):
+        self._known = {}
+        super().train(mode)
+        self.clip.eval()
+        return self
+
+    def _once(self, key, compute):
+        if self.training:
+            return compute()
+        if key not in self._known:
+            self._known[key] = compute().detach()
+        return self._known[key]
+
+    @torch.no_grad()
+    def features(self, pictures):
+        """Z: (B, 3, H, W) in [0, 1] -> (B, D, h, w), each patch of length 1. No gradient: CLIP is frozen."""
+        return F.normalize(self.clip.encode_image_dense(normalise(pictures)), dim=1)
+
+    def rectify(self, Z):
+        """Eq. (1)-(3) on features Z (B, D, h, w), all parts by name."""
+        query = segmentation_logits(Z, self.W_q)
+        reference = segmentation_logits(Z, self._once("W_r", lambda: self.reference(self.clip)))
+        if self.positional is None:
+            positional = Z.new_zeros(1, 1, *Z.shape[2:])
+        else:
+            h, w = Z.shape[2:]
+            positional = self._once((h, w), lambda: self.positional(self.clip.visual.positional_grid(h, w)))
+        return Logits(query, reference, positional, rectify_logits(query, bias_logits(reference, positional)), Z)
+
+    def forward(self, pictures):
+        return self.rectify(self.features(pictures))
+
+    @torch.no_grad()
+    def image_similarity(self, thumbnails):
+        """100 cos between whole pictures and W_q: (B, 3, R, R) in [0, 1] at CLIP's own resolution -> (B, C).
+        The factor is as released, whatever this CLIP's logit scale, so that thresholds read like 23."""
+        return 100 * F.normalize(self.clip.encode_image(normalise(thumbnails)), dim=-1) @ self.W_q.T
+
+    def image_labels(self, thumbnails, threshold, top_k):
+        """Pseudo-labels of Sec. 3.4 -> (B, C) bool."""
+        return image_level_labels(self.image_similarity(thumbnails), threshold, top_k)
+
+    def loss(self, pictures, labels):
+        """Eq. (1)-(5): pictures (B, 3, H, W) in [0, 1], image-level labels (B, C) bool -> scalar."""
+        logits = self(pictures)
+        masks = gumbel_softmax_masks(logits.rectified, self.tau_1)
+        return contrastive_loss(masked_features(logits.features, masks, self.pool), self.W_q, labels, self.tau)
+
+    # -- what was learnt, alone -------------------------------------------------------------------------
+
+    def learnt(self):
+        """The prompt vectors, the positional net and W_q (kept so that loading needs no 85 x C texts)."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("clip.")}
+
+    def save(self, path, **more):
+        """What was learnt, with class names, settings and CLIP's identity, in one file, written atomically."""
+        content = {"learnt": self.learnt(), "class_names": list(self.class_names), "settings": self.settings,
+                   "clip": {"source": self.clip.source, "sha256": self.clip.sha256}, **more}
+        with written_atomically(path) as temporary:
+            torch.save(content, temporary)
+
+    @classmethod
+    def load(cls, path, clip=None, device="cpu"):
+        """A working segmenter from save's file, in eval mode. clip: None to load the one it was learnt on,
+        from where it was found then; or that same CLIP, already loaded."""
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            learnt, names, origin = content["learnt"], content["class_names"], content["clip"]
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no rectification at {path}: run python train.py --stage rectify first") from None
+        except Exception as error:
+            reason = str(error).split("\n")[0][:200]
+            raise ValueError(f"{path} is not a rectification checkpoint, or is truncated: {reason}") from error
+        clip = clip or load_clip(origin["source"], device)
+        if clip.sha256 != origin["sha256"]:
+            raise ValueError(f"{path} was learnt on another CLIP than {clip.source} (sha256 differs); give the "
+                             f"right one with --clip")
+        model = cls(clip, names, W_q=learnt["W_q"], **content["settings"])
+        model.load_state_dict(learnt | {f"clip.{k}": v for k, v in clip.state_dict().items()}, strict=True)
+        return model.to(device).eval()
+
+

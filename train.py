@@ -1,0 +1,357 @@
+"""Training: one plain loop under every stage.
+
+    python train.py                                          the whole paper on shapes, on a laptop CPU
+    python train.py --stage rectify --data voc --root DIR    Sec. 3.1-3.4 on PASCAL VOC
+    python train.py --stage pretrain                         the tiny CLIP behind shapes, from scratch
+
+What stands here
+    Settings, SETTINGS     every hyper-parameter with its source, one instance a data set
+    fit                    the loop: step, log, save, resume
+    image_labels           pseudo-labels of all training pictures (Sec. 3.4), computed once, cached by name
+    rectify                stage 1 of the paper
+    pretrain               contrastive pre-training of the tiny CLIP (ours; not in the paper)
+    run_all                everything for shapes, ending in a small Table 4
+
+No label is read here: TrainingStream and Thumbnails yield pictures and names only.
+"""
+
+import argparse
+import copy
+import csv
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from clip_model import CLIP, Tokenizer, load_clip, normalise, written_atomically
+from datasets import DATA, Augment, Thumbnails, TrainingStream, open_split
+from eval import Progress, best_device, evaluate_stage
+from reclip import ReCLIP
+
+# ---------------------------------------------------------------------------------------------------------
+# Hyper-parameters
+# ---------------------------------------------------------------------------------------------------------
+
+
+def option(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Defaults are VOC's. "Sec." = the paper, "released" = its authors' code, "ours" = chosen here."""
+    # Rectification, Sec. 3.1-3.4
+    rectify_epochs: int = option(50, "epochs of rectification (released)")
+    rectify_poly_epochs: int = option(200, "epochs over which the learning rate would reach 0 (released)")
+    rectify_batch: int = option(1, "pictures a step (released)")
+    lr: float = option(0.01, "learning rate of SGD (Sec. 4.1)")
+    momentum: float = option(0.9, "momentum of SGD (released)")
+    weight_decay: float = option(0.0005, "weight decay of SGD (Sec. 4.1)")
+    poly_power: float = option(0.9, "lr * (1 - epoch / poly_epochs) ** poly_power (Sec. 4.1)")
+    threshold: float = option(23.0, "image-level label: 100 cos above this (t of Sec. 3.4; value released)")
+    top_k: int = option(2, "image-level labels where none passes the threshold (released)")
+    prompt_length: int = option(73, "L of Eq. 1, shortened so that the longest class name fits (Sec. 3.2)")
+    reference_norm: str = option("frobenius", "length of W_r: frobenius (released) or class")
+    positional_channels: int = option(None, "channels of M_p: one a class if not given (released), 1 (Eq. 2), 0: none")
+    positional_last_relu: bool = option(True, "ReLU behind the last batch norm of the positional net (released)")
+    positional_start: float = option(1.0, "initial weight of that batch norm (ours)")
+    tau_1: float = option(0.001, "temperature of the Gumbel-softmax, Eq. 4 (released)")
+    tau: float = option(None, "temperature of Eq. 5; if not given, 1 / CLIP's logit scale (released)")
+    pool: str = option("global", "pooling of masked features: global (Sec. 3.4) or mask")
+    # Pictures, Sec. 4.1
+    long_side: int = option(2048, "limit of the longer side when resizing for training, pixels (released)")
+    crop: int = option(336, "side of the training crop, pixels; 0: whole pictures, all of one size (released)")
+    flip: bool = option(True, "random horizontal flip (Sec. 4.1)")
+    photometric: bool = option(True, "random brightness, contrast, saturation, hue (released)")
+
+
+SETTINGS = {
+    "voc": Settings(),
+    "shapes": Settings(rectify_epochs=10, rectify_poly_epochs=10, rectify_batch=8, threshold=40.0, positional_start=0.03,
+                       tau_1=1 / 150, tau=0.01, crop=0, flip=False, photometric=False),
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------
+
+
+def poly(lr, power, horizon):
+    """Sec. 4.1's schedule, stepped once an epoch as released: epoch -> learning rate"""
+    return lambda epoch: lr * (1 - min(epoch / horizon, 1)) ** power
+
+
+def fit(stage, *, out, modules, optimiser, loss_of, batches, lr_of, steps, seed, identity, resume=False,
+        save=None, save_every=1000, max_norm=None, batch_size=1):
+    """Runs steps first..steps-1, where first is 0 or, with resume, what <out>/<stage>_state.pt says.
+
+    modules: {name: module} that learn (or, like an average, follow); their states are what is resumed.
+    batches: first step -> iterator of (batch, names); loss_of: batch -> scalar; lr_of: step -> learning rate.
+    identity: what must not change between a run and its resumption, {name: value}.
+    save: called after each saved state, to write what the stage is for.
+    All randomness of a step follows from (seed, step), so that a resumed run equals an uninterrupted one.
+    """
+    state_path, log_path = out / f"{stage}_state.pt", out / f"{stage}_log.csv"
+    first = read_training_state(state_path, modules, optimiser, identity) if resume else 0
+    rows = list(csv.reader(log_path.open()))[1:first + 1] if first and log_path.exists() else []
+    out.mkdir(parents=True, exist_ok=True)
+    progress = Progress(stage, steps, first, per_step=batch_size)
+    iterator = iter(batches(first))
+    with log_path.open("w", newline="") as file:
+        log = csv.writer(file)
+        log.writerows([["step", "loss", "lr"], *rows])
+        for step in range(first, steps):
+            batch, names = next(iterator)
+            torch.manual_seed(seed * 1_000_003 + step)  # Gumbel noise and whatever else a step draws
+            for group in optimiser.param_groups:
+                group["lr"] = lr_of(step)
+            loss = loss_of(batch)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise ValueError(f"the loss is {value} at step {step} on {', '.join(names)}; nothing of this step was "
+                                 f"kept, {state_path} holds the last good state: try a smaller --lr")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            if max_norm:
+                nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], max_norm)
+            optimiser.step()
+            log.writerow([step, f"{value:.6g}", f"{lr_of(step):.6g}"])
+            progress(step + 1, f"loss {value:.4f}  lr {lr_of(step):.2e}  ")
+            if (step + 1) % save_every == 0 or step + 1 == steps:
+                file.flush()
+                with written_atomically(state_path) as temporary:
+                    torch.save({"step": step + 1, "identity": identity, "optimiser": optimiser.state_dict(),
+                                "modules": {name: m.state_dict() for name, m in modules.items()}}, temporary)
+                if save:
+                    save()
+
+
+def read_training_state(path, modules, optimiser, identity):
+    """Loads a state that fit wrote, refuses one of another run, and returns the step to go on with."""
+    if not path.is_file():
+        raise FileNotFoundError(f"nothing to resume: {path} does not exist; leave --resume out")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        known = state["identity"]
+    except Exception as error:
+        raise ValueError(f"{path} is not a training state, or is truncated: {str(error).splitlines()[0]}") from error
+    changed = [f"{key} was {known.get(key)!r}, now {value!r}" for key, value in identity.items()
+               if known.get(key) != value]
+    if changed:
+        raise ValueError(f"cannot resume {path}: {'; '.join(changed)}")
+    for name, module in modules.items():
+        module.load_state_dict(state["modules"][name])
+    optimiser.load_state_dict(state["optimiser"])
+    return state["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Stage 1: rectification
+# ---------------------------------------------------------------------------------------------------------
+
+
+def image_labels(model, split, args, identity, path):
+    """Sec. 3.4's image-level pseudo-labels of the whole training set: {name: tuple of class indices}.
+
+    They come from CLIP alone and never change, so they are computed once and kept in `path`, by picture name
+    (the released code pairs them by line number with an unsorted directory listing).
+    """
+    if path.is_file():
+        content = json.loads(path.read_text())
+        if content["identity"] == identity and set(content["labels"]) == set(split.names):
+            return content["labels"]
+    labels, loader = {}, DataLoader(Thumbnails(split, model.clip.input_resolution), 32, num_workers=args.workers)
+    progress = Progress("image-level labels", len(split))
+    for thumbnails, names in loader:
+        found = model.image_labels(thumbnails.to(args.device), args.settings.threshold, args.settings.top_k)
+        labels |= {name: row.nonzero()[:, 0].tolist() for name, row in zip(names, found.cpu())}
+        progress(len(labels))
+    with written_atomically(path) as temporary:
+        temporary.write_text(json.dumps({"identity": identity, "labels": labels}))
+    return labels
+
+
+def rectify(args, out, **changes):
+    """Sec. 3.1-3.4: learns Reference prompt and positional net; writes <out>/rectify.pt. -> ReCLIP, eval mode.
+    changes: settings to replace, for ablations."""
+    s, facts = dataclasses.replace(args.settings, **changes), DATA[args.data]
+    torch.manual_seed(args.seed)
+    model = ReCLIP(load_clip(args.clip, args.device), facts.classes, prompt_length=s.prompt_length,
+                   reference_norm=s.reference_norm, positional_channels=s.positional_channels,
+                   positional_last_relu=s.positional_last_relu, positional_start=s.positional_start,
+                   tau_1=s.tau_1, tau=s.tau, pool=s.pool).train()
+    split = open_split(args.data, args.root, "train", args.download)
+    origin = {"data": args.data, "classes": list(facts.classes), "clip": model.clip.sha256,
+              "threshold": s.threshold, "top_k": s.top_k}
+    labels = image_labels(model, split, args, origin, out / "image_labels.json")
+    stream = TrainingStream(split, Augment(s.long_side, facts.short_side, s.crop, flip=s.flip,
+                                           photometric=s.photometric), args.seed)
+    steps = math.ceil(s.rectify_epochs * len(split) / s.rectify_batch)
+
+    def batches(first):
+        sampler = range(first * s.rectify_batch, steps * s.rectify_batch)
+        for pictures, names in DataLoader(stream, s.rectify_batch, sampler=sampler, num_workers=args.workers):
+            present = torch.zeros(len(names), len(facts.classes), dtype=torch.bool)  # (B, C)
+            for row, name in zip(present, names):
+                row[labels[name]] = True
+            yield (pictures.to(args.device), present.to(args.device)), names
+
+    lr = poly(s.lr, s.poly_power, s.rectify_poly_epochs)
+    learnable = {"reference": model.reference} | ({"positional": model.positional} if model.positional else {})
+    optimiser = torch.optim.SGD([p for m in learnable.values() for p in m.parameters()], s.lr, s.momentum,
+                                weight_decay=s.weight_decay)
+    fit("rectify", out=out, modules=learnable, optimiser=optimiser, loss_of=lambda batch: model.loss(*batch),
+        batches=batches, lr_of=lambda step: lr(step * s.rectify_batch // len(split)), steps=steps, seed=args.seed,
+        identity=origin | dataclasses.asdict(s) | {"seed": args.seed}, resume=args.resume,
+        save=lambda: model.save(out / "rectify.pt"), save_every=math.ceil(len(split) / s.rectify_batch),
+        batch_size=s.rectify_batch)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Before stage 1: the tiny CLIP of shapes (ours; the paper starts from OpenAI's weights)
+# ---------------------------------------------------------------------------------------------------------
+
+
+def info_nce(images, texts, scale):
+    """CLIP's loss: (B, D), (B, D) -> scalar; picture i belongs to text i, both ways round."""
+    logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T  # (B, B)
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def picture_features(clip, images, mosaic, blind):
+    """(B, 3, H, W) -> class-token features and mean patch features, (B, D) each, or (4 B, D) for mosaics of 2 x 2
+    tiles, one row a tile.
+
+    Two aids that OpenAI's CLIP never had; a model this small, trained for minutes, finds no local features
+    without them. blind: the class token reads no patch before the last block, so that what it needs must be
+    said by the patches themselves. mosaic: in the last block the class token reads one tile only.
+    """
+    visual = clip.visual
+    x, (h, w) = visual.embed(normalise(images))                                    # (B, 1 + n, W)
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+    mask[0, 1:] = not blind
+    *blocks, last = visual.transformer.resblocks
+    for block in blocks:
+        x = block(x, mask)
+    if mosaic:
+        first, patches = x[:, :1], x[:, 1:].unflatten(1, (2, h // 2, 2, w // 2))    # (B, 2, h/2, 2, w/2, W)
+        patches = patches.transpose(2, 3).reshape(4 * len(x), h * w // 4, -1)       # (4 B, n / 4, W)
+        x = torch.cat([first.repeat_interleave(4, 0), patches], 1)
+    whole = visual.ln_post(last(x, rows=[0])[:, 0]) @ visual.proj
+    dense = F.normalize(visual.ln_post(last.value_path(x[:, 1:])) @ visual.proj, dim=-1).mean(1)
+    return whole, dense
+
+
+def pretrain(args, out):
+    """Trains the tiny CLIP on captioned web scenes of shapes (no pixel label) and writes <out>/shapes_clip.pt."""
+    s = PRETRAIN
+    torch.manual_seed(args.seed)
+    merges = shapes_merges()
+    tokenizer = Tokenizer(merges)
+    clip = CLIP(embed_dim=128, patch=8, vision_width=128, vision_layers=3, grid=8, context_length=16,
+                vocab_size=len(tokenizer.ids), text_width=128, text_layers=2).reset_parameters().to(args.device)
+    average = torch.optim.swa_utils.AveragedModel(clip, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    matrices = [p for p in clip.parameters() if p.ndim > 1]
+    optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": s.weight_decay},
+                                   {"params": [p for p in clip.parameters() if p.ndim <= 1], "weight_decay": 0.0}],
+                                  betas=(0.9, 0.98))
+    optimiser.register_step_post_hook(lambda *_: average.update_parameters(clip))
+
+    def lr_of(step):  # warm-up, then constant for the mosaics; again warm-up, then a cosine to 0 for the scenes
+        if step < s.mosaic_steps:
+            return s.lr_mosaics * min(1, (step + 1) / 40)
+        k, n = step - s.mosaic_steps, s.steps - s.mosaic_steps
+        return s.lr_scenes * min(1, (k + 1) / 40) * (1 + math.cos(math.pi * k / n)) / 2
+
+    def batches(first):
+        for step in range(first, s.steps):
+            rng = np.random.default_rng((args.seed, step))
+            only = step < s.mosaic_steps
+            mosaic, blind = only or rng.random() < s.mosaic_share, only or rng.random() < 0.5
+            pictures, captions = (web_mosaics if mosaic else web_scenes)(rng, s.mosaics if mosaic else s.scenes)
+            tokens = tokenizer(captions, clip.context_length)
+            yield (pictures.to(args.device), tokens.to(args.device), mosaic, blind), captions[:1]
+
+    def loss_of(batch):
+        pictures, tokens, mosaic, blind = batch
+        whole, dense = picture_features(clip, pictures, mosaic, blind)
+        texts, scale = clip.encode_text(tokens), clip.logit_scale.exp().clamp(max=100)
+        return info_nce(whole, texts, scale) + s.dense_weight * info_nce(dense, texts, scale)
+
+    def save():
+        state = {key: value.half() for key, value in average.module.state_dict().items()}
+        with written_atomically(out / "shapes_clip.pt") as temporary:
+            torch.save({"state_dict": state, "merges": [list(pair) for pair in merges]}, temporary)
+
+    fit("pretrain", out=out, modules={"clip": clip, "average": average}, optimiser=optimiser, loss_of=loss_of,
+        batches=batches, lr_of=lr_of, steps=s.steps, seed=args.seed, save=save, save_every=100, max_norm=1.0,
+        identity=dataclasses.asdict(s) | {"seed": args.seed}, resume=args.resume, batch_size=s.scenes)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------
+
+
+def run_all(args, out):
+    """Rectification with and without the positional net, and a small Table 4."""
+    rectify_only = rectify(args, out / "reference_only", positional_channels=0)
+    model = rectify(args, out)
+    rows = [("MaskCLIP (Query only)", model, "clip", out), ("+ Reference", rectify_only, "rectify", out / "reference_only"),
+            ("+ Reference + positional", model, "rectify", out)]
+    results = [(name, evaluate_stage(args, m, stage, folder)["miou"]) for name, m, stage, folder in rows]
+    print(f"\n{args.data} {args.split}, mIoU" + "".join(f"\n  {name:<28}{100 * miou:5.1f}" for name, miou in results))
+    print(f"masks: {out / 'eval_rectify.png'}")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--stage", choices=["all", "pretrain", "rectify"], default="all", help="default: all, on shapes")
+    add("--data", choices=list(SETTINGS), default="shapes", help="data set (default: shapes)")
+    add("--root", default="data", help="folder that holds VOCdevkit/ (default: data)")
+    add("--download", action="store_true", help="fetch the data set if it is missing")
+    add("--clip", help="'ViT-B/16' or a weights file (default: the data set's)")
+    add("--out", help="where everything is written (default: runs/<data>)")
+    add("--seed", type=int, default=0, help="of everything random (default: 0)")
+    add("--device", default=best_device(), help="cpu, cuda, mps (default: the best there is)")
+    add("--workers", type=int, help="processes that decode pictures (default: 4 beside a GPU, else 0)")
+    add("--resume", action="store_true", help="go on where the same command was stopped")
+    add("--epochs", type=int, help="short for --<stage>_epochs")
+    group = parser.add_argument_group("hyper-parameters", "defaults in brackets, by data set")
+    for field in dataclasses.fields(Settings):
+        values = {name: getattr(s, field.name) for name, s in SETTINGS.items()}
+        shown = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                          for name, value in values.items())
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        group.add_argument(f"--{field.name}", help=f"{field.metadata['help']} [{shown}]", default=None, **kind)
+    args = parser.parse_args(argv)
+    changes = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if getattr(args, f.name) is not None}
+    if args.epochs is not None:
+        changes["rectify_epochs"] = args.epochs
+    args.settings = dataclasses.replace(SETTINGS[args.data], **changes)
+    args.clip = args.clip or DATA[args.data].clip
+    args.workers = args.workers if args.workers is not None else 4 if args.device.startswith("cuda") else 0
+    args.out, args.split, args.denoise = Path(args.out or f"runs/{args.data}"), DATA[args.data].splits[-1], None
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    {"all": run_all, "pretrain": pretrain, "rectify": rectify}[args.stage](args, args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FileNotFoundError, ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
