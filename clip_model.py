@@ -25,6 +25,7 @@ openai/CLIP (MIT licence) for the model; Zhou et al., "Extract Free Dense Labels
 import gzip
 import hashlib
 import html
+import http.client
 import math
 import os
 import pickle
@@ -102,7 +103,7 @@ def download(url, path, sha256):
                     done += file.write(block)
                     print(f"\r{Path(path).name}: {done >> 20} of {total >> 20 or '?'} MB", end="", file=sys.stderr)
                 print(file=sys.stderr)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise OSError(f"cannot download {url} ({error}); fetch it elsewhere and put it at {path}") from error
         if sha256_of(temporary) != sha256:
             raise ValueError(f"{url} did not give the file with sha256 {sha256}; nothing was kept, try again "
@@ -165,7 +166,11 @@ class Tokenizer:
                              "downloaded again") from error
         # A title line, then the merges by rank; CLIP uses the first 48,894 of them, so that the vocabulary
         # has 49,152 + 256 = 49,408 tokens.
-        return cls([tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]])
+        merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
+        if len(merges) < 49152 - 256 - 2 or any(len(pair) != 2 for pair in merges):
+            raise ValueError(f"{path} is not CLIP's BPE vocabulary of 48,894 merges; delete it to have it "
+                             "downloaded again")
+        return cls(merges)
 
     def encode(self, text):
         """Ids of one text, without start and end. Unicode is mended, HTML entities resolved (twice, as
@@ -571,10 +576,13 @@ def load_clip(name_or_path="ViT-B/16", device="cpu", quick_gelu=True):
     try:
         clip = build_clip(state, quick_gelu)
         clip.load_state_dict(state, strict=True, assign=True)
-    except (KeyError, RuntimeError) as error:
+        if merges is not None:
+            clip.tokenizer = Tokenizer([(left, right) for left, right in merges])
+            if clip.tokenizer.end != clip.eot:
+                raise ValueError("its merge list does not fit its token embedding")
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not hold the weights of a ViT CLIP: {reason}") from error
-    clip.tokenizer = Tokenizer([tuple(pair) for pair in merges]) if merges is not None else None
     clip.source = name_or_path if name_or_path == "ViT-B/16" else str(path.resolve())
     clip.sha256 = sha256_of(path)
     return clip.eval().requires_grad_(False).to(device)

@@ -217,20 +217,24 @@ class ReCLIP(nn.Module):
         super().__init__()
         if pool not in ("global", "mask"):
             raise ValueError(f"pool is {pool!r}; it must be 'global' or 'mask'")
-        if len(set(class_names)) < len(class_names) or len(class_names) < 2:
-            raise ValueError(f"class names must be at least two, all different: {', '.join(class_names)}")
+        names = [part.strip() for name in class_names for part in name.split("|")]
+        if isinstance(class_names, str) or len(class_names) < 2 or len(set(names)) < len(names) or "" in names:
+            raise ValueError(f"class names must be a list of two or more, all different, none empty: {class_names}")
+        if positional_channels not in (None, 0, 1, len(class_names)):
+            raise ValueError(f"positional_channels is {positional_channels}; it must be 0, 1 or the number of classes")
         self.settings = dict(prompt_length=prompt_length, reference_norm=reference_norm,
                              positional_channels=positional_channels, positional_last_relu=positional_last_relu,
                              positional_start=positional_start, tau_1=tau_1, tau=tau, pool=pool)
         self.clip, self.class_names = clip.requires_grad_(False).eval(), tuple(class_names)
         self.tau_1, self.pool = tau_1, pool
-        self.tau = tau or 1 / clip.logit_scale.exp().item()
+        self.tau = 1 / clip.logit_scale.exp().item() if tau is None else tau
         self.register_buffer("W_q", query_text_features(clip, class_names) if W_q is None else W_q)  # (C, D)
         self.reference = ReferencePrompt(clip, class_names, prompt_length, reference_norm)
         channels = len(class_names) if positional_channels is None else positional_channels
         width = clip.visual.class_embedding.numel()
         self.positional = PositionalBias(width, channels, positional_last_relu, positional_start) if channels else None
         self._known = {}  # in eval mode W_r and M_p do not change: computed once
+        self.register_load_state_dict_post_hook(lambda module, keys: module._known.clear())
         self.to(clip.logit_scale.device)
 
     def train(self, mode=True):
@@ -310,8 +314,9 @@ class ReCLIP(nn.Module):
         if clip.sha256 != origin["sha256"]:
             raise ValueError(f"{path} was learnt on another CLIP than {clip.source} (sha256 differs); give the "
                              f"right one with --clip")
-        model = cls(clip, names, W_q=learnt["W_q"], **content["settings"])
-        model.load_state_dict(learnt | {f"clip.{k}": v for k, v in clip.state_dict().items()}, strict=True)
+        try:
+            model = cls(clip, names, W_q=learnt["W_q"], **content["settings"])
+            model.load_state_dict(learnt | {f"clip.{k}": v for k, v in clip.state_dict().items()}, strict=True)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
         return model.to(device).eval()
-
-
