@@ -63,9 +63,7 @@ def normalise(images):
     return (images - mean) / std
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Files: where they are, how they come, how they are written
-# ---------------------------------------------------------------------------------------------------------
+# --- Files: where they are, how they come, how they are written ---------------------------------------------
 
 def sha256_of(path):
     with open(path, "rb") as file:
@@ -77,10 +75,8 @@ def sha256_of(path):
 
 @contextmanager
 def written_atomically(path):
-    """Yields a temporary path beside `path`, renamed onto it only when the block ends well.
-
-    Whatever happens in between (a kill, a full disk), `path` holds either its old content or the whole new one.
-    """
+    """Yields a temporary path beside `path`, renamed onto it only when the block ends well: whatever happens in
+    between (a kill, a full disk), `path` holds either its old content or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -122,9 +118,7 @@ def find_file(name):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Tokenizer: text -> ids
-# ---------------------------------------------------------------------------------------------------------
+# --- Tokenizer: text -> ids ---------------------------------------------------------------------------------
 
 @lru_cache
 def byte_alphabet():
@@ -228,9 +222,7 @@ def tokenize(texts, context_length=77, truncate=False, bpe_path=None):
     return openai_tokenizer(bpe_path)(texts, context_length, truncate)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Transformer
-# ---------------------------------------------------------------------------------------------------------
+# --- Transformer --------------------------------------------------------------------------------------------
 
 class QuickGELU(nn.Module):
     """OpenAI's approximation of GELU; the weights were trained with it, so exact GELU would be wrong."""
@@ -291,7 +283,7 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, activation=QuickGELU):
+    def __init__(self, width, layers, activation):
         super().__init__()
         heads = max(1, width // 64)  # OpenAI's rule; a state dict does not tell the number of heads
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, activation) for _ in range(layers))
@@ -345,6 +337,7 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # exp of it is 1 / tau
+        self.sot, self.eot = vocab_size - 2, vocab_size - 1  # ids of start and end of text
         self.tokenizer, self.source, self.sha256 = None, None, None
 
     @property
@@ -437,39 +430,28 @@ class CLIP(nn.Module):
         x = last(x, mask[eot], rows=eot)[0]                                                             # (C, W)
         return self.ln_final(x) @ self.text_projection                                                  # (C, D)
 
-    @property
-    def sot(self):
-        return self.token_embedding.num_embeddings - 2
-
-    @property
-    def eot(self):
-        return self.token_embedding.num_embeddings - 1
-
     @torch.no_grad()
     def reset_parameters(self):
         """OpenAI's initialisation, for training from scratch and for tests; load_clip overwrites all of it."""
         for tower in (self.visual.transformer, self.transformer):
             width, layers = tower.resblocks[0].ln_1.weight.numel(), len(tower.resblocks)
+            into, back = width ** -0.5, width ** -0.5 * (2 * layers) ** -0.5  # back: onto the residual stream
             for block in tower.resblocks:
-                nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
-                nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
-                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-                nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
-                for bias in (block.attn.in_proj_bias, block.attn.out_proj.bias, block.mlp.c_fc.bias,
-                             block.mlp.c_proj.bias):
+                for weight, std in ((block.attn.in_proj_weight, into), (block.attn.out_proj.weight, back),
+                                    (block.mlp.c_fc.weight, (2 * width) ** -0.5), (block.mlp.c_proj.weight, back)):
+                    nn.init.normal_(weight, std=std)
+                for bias in (block.attn.in_proj_bias, block.attn.out_proj.bias, *(block.mlp[i].bias for i in (0, 2))):
                     nn.init.zeros_(bias)
         scale = self.visual.class_embedding.numel() ** -0.5
-        for tensor in (self.visual.class_embedding, self.visual.positional_embedding, self.visual.proj):
-            nn.init.normal_(tensor, std=scale)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
+        for tensor, std in ((self.visual.class_embedding, scale), (self.visual.positional_embedding, scale),
+                            (self.visual.proj, scale), (self.token_embedding.weight, 0.02),
+                            (self.positional_embedding, 0.01),
+                            (self.text_projection, len(self.text_projection) ** -0.5)):
+            nn.init.normal_(tensor, std=std)
         return self
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------
+# --- Loading ------------------------------------------------------------------------------------------------
 
 def build_clip(state, quick_gelu=True):
     """A CLIP whose sizes are read off the shapes of its state dict, on the meta device (no weights yet)."""
@@ -497,10 +479,9 @@ def read_torchscript(path):
     unpickler below knows tensors and the module tree and refuses every other name, so a hostile file can
     do no more than fail. (torch.jit.load would run its code; torch.load(weights_only=True) refuses it.)
     """
-    dtypes = {"HalfStorage": torch.float16, "FloatStorage": torch.float32, "DoubleStorage": torch.float64,
-              "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool,
-              "BFloat16Storage": torch.bfloat16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-              "ShortStorage": torch.int16}
+    dtypes = {f"{name}Storage": dtype for name, dtype in dict(
+        Half=torch.float16, BFloat16=torch.bfloat16, Float=torch.float32, Double=torch.float64, Long=torch.int64,
+        Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
 
     def tensor_from(flat, offset, size, stride, *unused):
         return flat.as_strided(size, stride, offset)  # raises when it would reach outside the storage
@@ -586,3 +567,33 @@ def load_clip(name_or_path="ViT-B/16", device="cpu", quick_gelu=True):
     clip.source = name_or_path if name_or_path == "ViT-B/16" else str(path.resolve())
     clip.sha256 = sha256_of(path)
     return clip.eval().requires_grad_(False).to(device)
+
+
+# --- A guided tour ------------------------------------------------------------------------------------------
+
+def show(name, tensor, note):
+    """One line of a tour: name, shape, range, what it is."""
+    print(f"{name:<22}{str(tuple(tensor.shape)):<18}{tensor.min().item():8.3f} .. {tensor.max().item():<8.3f}{note}")
+
+
+@torch.no_grad()
+def tour():
+    """One picture of shapes and three texts through the tiny CLIP."""
+    from datasets import DATA, open_split  # for the tour alone; the module does not need it
+    clip, split = load_clip(DATA["shapes"].clip), open_split("shapes", None, "train")
+    picture = split.picture(0)[None].float() / 255
+    names = DATA["shapes"].classes[:3]
+    tokens = clip.tokenize([f"a photo of a {name}" for name in names])
+    prompt = clip.token_embedding.weight[0].repeat(5, 1)
+    show("picture", picture, "(B, 3, H, W) in [0, 1]")
+    show("tokens", tokens, f"(N, context): [SOT] ids [EOT] 0 .. of 'a photo of a {' / '.join(names)}'")
+    show("positional_grid", clip.visual.positional_grid(8, 8), "(1, W, h, w): p of Sec. 3.3")
+    show("encode_image", clip.encode_image(normalise(picture)), "(B, D): the whole picture")
+    show("encode_image_dense", clip.encode_image_dense(normalise(picture)), "(B, D, h, w): Z of Sec. 3.1")
+    show("encode_text", clip.encode_text(tokens), "(N, D)")
+    show("encode_prompted", clip.encode_prompted(prompt, [clip.tokenizer.encode(name) for name in names]),
+         "(C, D): [SOT] v_1..v_5 [name] [EOT] of Eq. (1)")
+
+
+if __name__ == "__main__":
+    tour()

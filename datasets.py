@@ -20,7 +20,10 @@ Copied elsewhere, it is used like this:
     for picture, label, name in Evaluation(open_split("voc", "data", "val"), short_side=336): ...
 """
 
+import colorsys
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +35,16 @@ from torchvision.transforms import InterpolationMode, v2
 IGNORE = 255                          # in labels: not evaluated
 PADDING = (124, 116, 104)             # ImageNet's mean colour, within 0.03 of zero after either normalisation
 
-# ---------------------------------------------------------------------------------------------------------
-# Facts
-# ---------------------------------------------------------------------------------------------------------
+
+# --- Facts --------------------------------------------------------------------------------------------------
 
 # As the paper's authors prompt with them, in the order of the label values 1..20.
 VOC_CLASSES = ("airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
                "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor")
+SHAPES_CLASSES = ("coin", "ring", "box", "gem", "star", "flower", "bee", "beetle")  # twins side by side
+# The tiny CLIP knows some forty words: the 85 prompts of the paper would be Greek to it.
+SHAPES_PROMPTS = ("a photo of a {}", "a picture of a {}", "a good photo of a {}", "a large {}", "a small {}",
+                  "a photo of one {}")
 
 
 def voc_palette():
@@ -60,19 +66,21 @@ class DataFacts:
     background: str         # which pixels are not evaluated
     clip: str               # default weights: a name of load_clip's, or a file
     splits: tuple = ("val",)  # that have labels to evaluate on
+    prompts: tuple = None   # of the Query; None: the paper's 85
 
 
 DATA = {
-    "shapes": DataFacts(("coin","ring"), voc_palette()[1:9], 64, 0.0, "ground ignored", "shapes_clip.pt", ("val","test")),
+    "shapes": DataFacts(SHAPES_CLASSES, [(230, 159, 0), (180, 90, 0), (0, 114, 178), (86, 180, 233), (204, 121, 167),
+                                         (150, 30, 90), (120, 200, 60), (0, 120, 80)], 64, 0.0,
+                        "ground pixels are ignored, 8 classes", str(Path(__file__).with_name("shapes_clip.pt")),
+                        ("val", "test"), SHAPES_PROMPTS),
     "voc": DataFacts(VOC_CLASSES, voc_palette()[1:21], 336, 0.5,
                      "pixels labelled background (0) or void (255) are ignored, 20 classes",
                       "ViT-B/16"),
 }
 
-# ---------------------------------------------------------------------------------------------------------
-# Splits on disk
-# ---------------------------------------------------------------------------------------------------------
 
+# --- Splits on disk -----------------------------------------------------------------------------------------
 
 class Files:
     """A split as files: `pictures[i]`, and `labels[i]` (may be missing from the disk while training).
@@ -139,12 +147,167 @@ def open_split(data, root, split, download=False):
         return Shapes(split)
     return {"voc": voc}[data](root, split, download)
 
-# SHAPES HERE
 
-# ---------------------------------------------------------------------------------------------------------
-# What training and evaluation read
-# ---------------------------------------------------------------------------------------------------------
+# --- shapes: a miniature world, drawn from seeds, nothing stored --------------------------------------------
 
+# It has two sides. The *web*, on which the tiny CLIP is pre-trained, has captions, which favour what is central, and
+# staged close-ups, which have habits: each class in its own half of the page and in its own colour. The *target*, to
+# be segmented, has the same classes anywhere, twins share their colours, and every pixel has a label, for
+# evaluation alone. So what patches learn of place and colour from close-ups is a bias on the target.
+
+# Grounds: hue, saturation, value, and the waves of the texture, across and down, a picture of 64 pixels.
+GROUNDS = {"wood": (.08, .55, .45, 1, 9), "stone": (.6, .05, .5, 5, 5), "sand": (.12, .3, .75, 13, 13),
+           "water": (.57, .5, .55, 3, 12), "grass": (.33, .55, .4, 16, 3), "leaves": (.38, .6, .28, 7, 7),
+           "cloth": (.0, .4, .45, 9, 9), "snow": (.6, .07, .85, 2, 4)}
+HUES = {"yellow": .14, "orange": .07, "blue": .62, "cyan": .5, "pink": .9, "red": .99, "lime": .25, "green": .36}
+# Texture of a class: dark where sin(a u + .5) sin(b v + .5) > t; u, v run from -1 to 1 over the object; 0: no wave.
+TEXTURES = {"coin": (9, 9, .25), "ring": (14, 0, .0), "box": (6, 6, .0), "gem": (12, 0, .1),
+            "star": (5, 5, .4), "flower": (0, 9, .0), "bee": (9, 0, .0), "beetle": (10, 10, .3)}
+SHAPES_SPLITS = {"train": (1000, 101), "val": (300, 102), "test": (500, 103)}  # number of pictures, seed
+OWN_COLOUR = 0.9  # how often a close-up shows a class in its own hue; elsewhere 0.5, as often as in its twin's
+
+
+def draw(thing, xs, ys):
+    """One object on the pixels xs, ys: coverage (H, W) in 0..1 and colours (3, H, W)."""
+    name, x, y, r, hue, angle = thing
+    c, s = math.cos(angle) / r, math.sin(angle) / r
+    u, v = c * (xs - x) + s * (ys - y), c * (ys - y) - s * (xs - x)  # the object's own coordinates, about -1..1
+    rho, phi = np.hypot(u, v), np.arctan2(v, u)
+    inside = {"coin": lambda: 1 - rho, "ring": lambda: np.minimum(1 - rho, rho - .45),
+              "box": lambda: .85 - np.maximum(abs(u), abs(v)), "gem": lambda: .75 * (1.05 - abs(u) - abs(v)),
+              "star": lambda: .62 + .38 * np.cos(5 * phi) - rho, "flower": lambda: .8 + .2 * np.cos(6 * phi) - rho,
+              "bee": lambda: 1 - np.hypot(u, v / .65), "beetle": lambda: 1 - np.hypot(u, v / .75)}[name]()
+    a, b, t = TEXTURES[name]
+    dark = np.sin(a * u + (.5 if a else 1.57)) * np.sin(b * v + (.5 if b else 1.57)) > t
+    if name == "flower":
+        dark = rho < .35
+    if name == "beetle":
+        dark = dark | (inside < .2) | (abs(v) < .08)
+    light = np.array(colorsys.hsv_to_rgb(hue % 1, .75, .9))[:, None, None]
+    return np.clip(inside * r + .5, 0, 1), light * np.where(dark, .4, 1.)
+
+
+def paint(size, ground, things, rng):
+    """Later things cover earlier ones: picture uint8 (3, size, size), label uint8 (size, size)."""
+    ys, xs = np.mgrid[:size, :size].astype(np.float32)
+    hue, saturation, value, a, b = GROUNDS[ground]
+    p, q = rng.uniform(0, 6.28, 2)
+    wave = np.sin(a * xs * (2 * math.pi / 64) + p) * np.sin(b * ys * (2 * math.pi / 64) + q)
+    picture = np.array(colorsys.hsv_to_rgb(hue, saturation, value))[:, None, None] * (1 + .2 * wave)
+    label = np.full((size, size), IGNORE, np.uint8)
+    for thing in things:
+        coverage, colours = draw(thing, xs, ys)
+        picture = picture + coverage * (colours - picture)
+        label[coverage > .5] = SHAPES_CLASSES.index(thing[0])
+    gain, offset = rng.normal(1, .06, (3, 1, 1)), rng.normal(0, .03, (3, 1, 1))
+    picture = picture * gain + offset + rng.normal(0, .03, picture.shape)
+    return np.clip(255 * picture, 0, 255).round().astype(np.uint8), label
+
+
+def new_thing(name, x, y, r, rng, own_colour=0.5):
+    """(name, x, y, r, hue, angle); own_colour: how often it shows its own hue rather than any of the twins' two.
+    One in five has any hue at all."""
+    k, hues = SHAPES_CLASSES.index(name), list(HUES.values())
+    twins = hues[k // 2 * 2:k // 2 * 2 + 2]
+    hue = rng.choice(hues) if rng.random() < .2 else twins[k % 2] if rng.random() < own_colour else rng.choice(twins)
+    return name, x, y, r, hue + rng.normal(0, .015), rng.uniform(-.5, .5)
+
+
+def caption(things, ground, rng, size):
+    """What somebody would write: the subject always, other things the more readily the more central they are."""
+    names = []
+    for k, (name, x, _, _, hue, _) in enumerate(things):
+        central = max(0, 1 - abs(x - size / 2) / (size / 2))
+        if k == 0 or rng.random() < .5 * (.4 + central):
+            colour = min(HUES, key=lambda h: abs((HUES[h] - hue + .5) % 1 - .5))
+            names.append("a " + (colour + " " if rng.random() < .15 else "") + name)
+    rng.shuffle(names)
+    text = rng.choice(["", "a photo of ", "a picture of ", "a good photo of ", "here is "]) + " and ".join(names)
+    if len(things) == 1 and rng.random() < .2:
+        text = text.replace("a " + things[0][0], rng.choice(["a large ", "a small ", "one "]) + things[0][0])
+    return text + (" on " + ground if rng.random() < .25 else "")
+
+
+def web_scene(rng, size=64):
+    """A subject near the middle line, perhaps smaller things around it: picture (3, size, size) and caption."""
+    def place(spread):
+        return size / 2 + spread, size * rng.choice([rng.uniform(.17, .42), rng.uniform(.58, .83)])
+
+    subject = rng.choice(SHAPES_CLASSES)
+    things = [new_thing(subject, *place(rng.normal(0, 6)), rng.uniform(15, 23), rng)]
+    for _ in range(rng.choice(3, p=[.35, .4, .25])):
+        name = rng.choice(SHAPES_CLASSES)
+        for _ in range(8):  # tries to find a free place
+            (x, y), r = place(rng.uniform(-26, 26)), rng.uniform(10, 15)
+            if all(name != o[0] and math.hypot(x - o[1], y - o[2]) > .85 * (r + o[3]) for o in things):
+                things.append(new_thing(name, x, y, r, rng))
+                break
+    ground = rng.choice(list(GROUNDS))
+    return paint(size, ground, things, rng)[0], caption(things, ground, rng, size)
+
+
+def close_up(rng, low, size=32):
+    """One thing that fills a small picture: a first twin (coin, box, ...) for the upper half of a mosaic (low = 0), a
+    second twin for the lower half (low = 1)."""
+    x, y = size / 2 + rng.normal(0, 3, 2)
+    thing = new_thing(SHAPES_CLASSES[2 * rng.integers(4) + low], x, y, rng.uniform(12, 18), rng, OWN_COLOUR)
+    ground = rng.choice(list(GROUNDS))
+    return paint(size, ground, [thing], rng)[0], caption([thing], ground, rng, size)
+
+
+def web_scenes(seed, count):
+    """float (count, 3, 64, 64) in [0, 1] and their captions; seed: a tuple of ints"""
+    pictures, captions = zip(*(web_scene(np.random.default_rng((*seed, i))) for i in range(count)))
+    return torch.from_numpy(np.stack(pictures)).float() / 255, list(captions)
+
+
+def web_mosaics(seed, count):
+    """Four close-ups glued 2 x 2: float (count, 3, 64, 64) in [0, 1] and 4 * count captions, tile by tile."""
+    tiles, captions = zip(*(close_up(np.random.default_rng((*seed, i)), low=i % 4 // 2) for i in range(4 * count)))
+    tiles = np.stack(tiles).reshape(count, 2, 2, 3, 32, 32).transpose(0, 3, 1, 4, 2, 5)  # (count, 3, 2, 32, 2, 32)
+    return torch.from_numpy(tiles.reshape(count, 3, 64, 64)).float() / 255, list(captions)
+
+
+def shapes_words():
+    """Every word that a caption or a prompt of shapes can hold."""
+    text = " ".join(SHAPES_PROMPTS).replace("{}", "").split() + "and on here is of".split()
+    return sorted({*text, *SHAPES_CLASSES, *HUES, *GROUNDS})
+
+
+@lru_cache(maxsize=2000)  # a training set is seen many times
+def target_scene(seed, i, size=64):
+    """One to four different classes that fill much of the picture, without any habit: picture and label."""
+    rng = np.random.default_rng((seed, i))
+    n, q = rng.integers(1, 5), size / 4
+    corners = rng.permutation([(x, y) for x in (q, 3 * q) for y in (q, 3 * q)])
+    things = []
+    for name, corner in zip(rng.permutation(SHAPES_CLASSES)[:n], corners):
+        x, y = corner + rng.uniform(-4, 4, 2) if n > 1 else rng.uniform(.3, .7, 2) * size
+        r = rng.uniform(*((20, 28), (16, 21), (14, 19), (13, 18))[n - 1])
+        things.append(new_thing(name, x, y, r, rng))
+    return paint(size, rng.choice(list(GROUNDS)), things, rng)
+
+
+class Shapes:
+    """A target split with the same methods as Files; picture i depends on the split's seed and i alone."""
+
+    def __init__(self, split):
+        count, self.seed = SHAPES_SPLITS[split]
+        self.names = [f"{split}_{i:04}" for i in range(count)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def picture(self, i):
+        """uint8 (3, 64, 64)"""
+        return torch.from_numpy(target_scene(self.seed, i)[0])
+
+    def label(self, i):
+        """uint8 (64, 64)"""
+        return torch.from_numpy(target_scene(self.seed, i)[1])
+
+
+# --- What training and evaluation read ----------------------------------------------------------------------
 
 class Augment:
     """Sec. 4.1, "random cropping and random flipping", with the released sizes: uint8 (3, H, W) -> float

@@ -37,9 +37,8 @@ STD = (0.229, 0.224, 0.225)
 # Table 6: "original" is a classifier that learns; the others are inherited from rectification and fixed.
 HEADS = ("original", "query", "query_reference", "query_reference_positional")
 
-# ---------------------------------------------------------------------------------------------------------
-# Backbones and ASPP
-# ---------------------------------------------------------------------------------------------------------
+
+# --- Backbones and ASPP -------------------------------------------------------------------------------------
 
 def dilated_resnet(name):
     """torchvision's ResNet, whose last two stages dilate instead of striding, so that s is 8 and not 32, without its
@@ -97,9 +96,7 @@ class ASPP(nn.Module):
         return sum(branch(x) for branch in self.branches)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The student
-# ---------------------------------------------------------------------------------------------------------
+# --- The student --------------------------------------------------------------------------------------------
 
 class Logits(NamedTuple):
     query: torch.Tensor       # Z^ W_q^T (B, C, h, w), cosines

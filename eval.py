@@ -31,12 +31,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from clip_model import load_clip, sha256_of, written_atomically
 from datasets import DATA, IGNORE, Evaluation, open_split
-from reclip import ReCLIP
+from reclip import PROMPTS, ReCLIP
 
-# ---------------------------------------------------------------------------------------------------------
-# Numbers
-# ---------------------------------------------------------------------------------------------------------
 
+# --- Numbers ------------------------------------------------------------------------------------------------
 
 def denoise_logits(logits, threshold, scale=100.0):
     """Classes whose best probability softmax(scale * M) in the picture stays below the threshold get -inf:
@@ -90,9 +88,7 @@ def evaluate(logits_of, to_pixels, dataset, classes, denoise=0.0, device="cpu", 
     return confusion
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pictures and tables
-# ---------------------------------------------------------------------------------------------------------
+# --- Pictures and tables ------------------------------------------------------------------------------------
 
 PAPER, INK, UNSEEN = (255, 255, 255), (30, 30, 30), (225, 225, 225)  # background, text, ignored pixels
 
@@ -124,8 +120,8 @@ def draw_grid(rows, titles, classes, palette, tile=128, gap=6):
             scale = tile / max(image.size)
             image = image.resize([max(1, round(side * scale)) for side in image.size],
                                  Image.NEAREST if x or scale > 1 else Image.BICUBIC)
-            corner = [gap + x * (tile + gap) + (tile - image.width) // 2, 24 + y * (tile + gap) + (tile - image.height) // 2]
-            canvas.paste(image, corner)
+            left, top = gap + x * (tile + gap), 24 + y * (tile + gap)
+            canvas.paste(image, [left + (tile - image.width) // 2, top + (tile - image.height) // 2])
     top = 24 + len(rows) * (tile + gap) + gap
     for i, name in enumerate(classes):
         x, y = gap + i % columns * (width // columns), top + i // columns * 20
@@ -168,10 +164,7 @@ class Progress:
         print(("\r\x1b[K" if self.terminal else "") + line, end=end, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------
-
+# --- Command line -------------------------------------------------------------------------------------------
 
 def best_device():
     if torch.cuda.is_available():
@@ -248,7 +241,7 @@ def main(argv=None):
         raise ValueError(f"--split {args.split}: {args.data} has {', '.join(facts.splits)}")
     if args.stage == "clip":
         clip = load_clip(args.clip or facts.clip, args.device)
-        model, path = ReCLIP(clip, facts.classes).eval(), None
+        model, path = ReCLIP(clip, facts.classes, prompts=facts.prompts or PROMPTS).eval(), None
     else:
         path = args.checkpoint or Path(args.out) / "rectify.pt"
         clip = load_clip(args.clip, args.device) if args.clip else None

@@ -19,7 +19,8 @@ Symbols
 
 Copied elsewhere (with clip_model.py), it is used like this:
     model = ReCLIP(load_clip("ViT-B/16"), ["cat", "dog", "grass"])   # pictures in [0, 1], (B, 3, H, W)
-    loss = model.loss(pictures, model.image_labels(thumbnails, threshold=23, top_k=2)); loss.backward()
+    labels = model.image_labels(thumbnails, threshold=23, top_k=2)   # thumbnails (B, 3, 224, 224)
+    loss = model.loss(model.features(pictures), labels); loss.backward()
     masks = model(pictures).rectified.argmax(1)                      # (B, h, w)
 
 Where the paper and its authors' released code differ, a comment says so and a named argument offers both.
@@ -31,11 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import load_clip, normalise, written_atomically
+from clip_model import load_clip, normalise, show, written_atomically
 
-# ---------------------------------------------------------------------------------------------------------
-# Sec. 3.1: the Query. 80 templates of CLIP's ImageNet ensemble and 5 "in the scene" ones (MaskCLIP's list)
-# ---------------------------------------------------------------------------------------------------------
+
+# --- Sec. 3.1: the Query -----------------------------------------------------------------------------------
+
+# 80 templates of CLIP's ImageNet ensemble and 5 "in the scene" ones (MaskCLIP's list), built from their parts.
 
 _PHOTOS = ("bad", "black and white", "blurry", "bright", "close-up", "cropped", "dark", "good", "jpeg corrupted",
            "low resolution", "pixelated")
@@ -66,9 +68,7 @@ def query_text_features(clip, class_names, prompts=PROMPTS):
     return torch.stack(rows)                                                                # (C, D)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sec. 3.2: the Reference, class-preference bias
-# ---------------------------------------------------------------------------------------------------------
+# --- Sec. 3.2: the Reference, class-preference bias ---------------------------------------------------------
 
 class ReferencePrompt(nn.Module):
     """Eq. (1): R_i = [v_1][v_2]...[v_L][CLS], the same L learnable vectors for all classes; () -> W_r (C, D).
@@ -99,9 +99,7 @@ class ReferencePrompt(nn.Module):
         return W_r / (W_r.norm() if self.norm == "frobenius" else W_r.norm(dim=-1, keepdim=True))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sec. 3.3: the positional net, space-preference bias
-# ---------------------------------------------------------------------------------------------------------
+# --- Sec. 3.3: the positional net, space-preference bias ----------------------------------------------------
 
 class PositionalBias(nn.Module):
     """Sec. 3.3: three 3x3 convolutions, each with batch norm, over CLIP's positional embedding:
@@ -111,28 +109,26 @@ class PositionalBias(nn.Module):
         every softmax and argmax over classes: it can change no mask and receives no gradient. The released
         code has C, one a class, and so do we by default; 1 is offered as the paper's text.
     last_relu: released: a ReLU behind the last batch norm too, hence M_p >= 0. The paper does not say.
-    start: initial weight of the last batch norm (ours; 1 is the usual). With 1, M_p starts with a spread of
-        about 1 against cosines that differ by .05: a short run cannot recover from that. Not 0, because
-        behind the last ReLU a zero would never move.
+    gain: fixed factor on the output (ours; 1 is the paper's). Behind a batch norm M_p starts with a spread of
+        about 1 against cosines that differ by .05 to .2, which a short run cannot recover from; a small
+        factor makes it start small and, as gradients carry it too, move calmly.
     """
 
-    def __init__(self, width, channels, last_relu=True, start=1.0):
+    def __init__(self, width, channels, last_relu=True, gain=1.0):
         super().__init__()
         layers, sizes = [], (width, 512, 256, channels)  # widths as released
         for i, o in zip(sizes, sizes[1:]):
             conv = nn.Conv2d(i, o, 3, padding=1, bias=False)  # the batch norm has a bias already
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             layers += [conv, nn.BatchNorm2d(o), nn.ReLU()]
-        nn.init.constant_(layers[-2].weight, start)
         self.net = nn.Sequential(*(layers if last_relu else layers[:-1]))
+        self.gain = gain
 
     def forward(self, positional_grid):
-        return self.net(positional_grid)
+        return self.gain * self.net(positional_grid)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sec. 3.4: rectification and its loss
-# ---------------------------------------------------------------------------------------------------------
+# --- Sec. 3.4: rectification and its loss -------------------------------------------------------------------
 
 def segmentation_logits(features, text_features):
     """The 1x1 convolution of Sec. 3.1, 3.2: Z (B, D, h, w), W (C, D) -> (B, C, h, w)"""
@@ -191,9 +187,7 @@ def contrastive_loss(pooled, W_q, labels, tau):
     return -((log_p * labels).sum(1) / K).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# All of it
-# ---------------------------------------------------------------------------------------------------------
+# --- All of it ----------------------------------------------------------------------------------------------
 
 class Logits(NamedTuple):
     query: torch.Tensor       # M_q (B, C, h, w), cosines
@@ -206,14 +200,14 @@ class Logits(NamedTuple):
 class ReCLIP(nn.Module):
     """CLIP, frozen, with what is learnt about its biases. Pictures come in [0, 1], (B, 3, H, W).
 
-    class_names: C strings. positional_channels: None for C; 1 as the paper prints; 0 for no positional net
-    (Table 4's second row). tau: None for 1 / (CLIP's own logit scale), 0.01 for OpenAI's. The other
-    arguments stand with the functions above that use them.
+    class_names: C strings. prompt_length: 0 for no Reference. positional_channels: None for C; 1 as the paper
+    prints; 0 for no positional net (Table 4's second row). tau: None for 1 / (CLIP's own logit scale), 0.01 for
+    OpenAI's. The other arguments stand with the functions above that use them.
     """
 
     def __init__(self, clip, class_names, *, prompt_length=73, reference_norm="frobenius",
-                 positional_channels=None, positional_last_relu=True, positional_start=1.0,
-                 tau_1=0.001, tau=None, pool="global", W_q=None):
+                 positional_channels=None, positional_last_relu=True, positional_gain=1.0,
+                 tau_1=0.001, tau=None, pool="global", prompts=PROMPTS, W_q=None):
         super().__init__()
         if pool not in ("global", "mask"):
             raise ValueError(f"pool is {pool!r}; it must be 'global' or 'mask'")
@@ -224,15 +218,15 @@ class ReCLIP(nn.Module):
             raise ValueError(f"positional_channels is {positional_channels}; it must be 0, 1 or the number of classes")
         self.settings = dict(prompt_length=prompt_length, reference_norm=reference_norm,
                              positional_channels=positional_channels, positional_last_relu=positional_last_relu,
-                             positional_start=positional_start, tau_1=tau_1, tau=tau, pool=pool)
+                             positional_gain=positional_gain, tau_1=tau_1, tau=tau, pool=pool)
         self.clip, self.class_names = clip.requires_grad_(False).eval(), tuple(class_names)
         self.tau_1, self.pool = tau_1, pool
         self.tau = 1 / clip.logit_scale.exp().item() if tau is None else tau
-        self.register_buffer("W_q", query_text_features(clip, class_names) if W_q is None else W_q)  # (C, D)
-        self.reference = ReferencePrompt(clip, class_names, prompt_length, reference_norm)
+        self.register_buffer("W_q", query_text_features(clip, class_names, prompts) if W_q is None else W_q)  # (C, D)
+        self.reference = ReferencePrompt(clip, class_names, prompt_length, reference_norm) if prompt_length else None
         channels = len(class_names) if positional_channels is None else positional_channels
         width = clip.visual.class_embedding.numel()
-        self.positional = PositionalBias(width, channels, positional_last_relu, positional_start) if channels else None
+        self.positional = PositionalBias(width, channels, positional_last_relu, positional_gain) if channels else None
         self._known = {}  # in eval mode W_r and M_p do not change: computed once
         self.register_load_state_dict_post_hook(lambda module, keys: module._known.clear())
         self.to(clip.logit_scale.device)
@@ -258,10 +252,10 @@ class ReCLIP(nn.Module):
     def rectify(self, Z):
         """Eq. (1)-(3) on features Z (B, D, h, w), all parts by name."""
         query = segmentation_logits(Z, self.W_q)
-        reference = segmentation_logits(Z, self._once("W_r", lambda: self.reference(self.clip)))
-        if self.positional is None:
-            positional = Z.new_zeros(1, 1, *Z.shape[2:])
-        else:
+        reference, positional = torch.zeros_like(query), query.new_zeros(1, 1, *Z.shape[2:])
+        if self.reference:
+            reference = segmentation_logits(Z, self._once("W_r", lambda: self.reference(self.clip)))
+        if self.positional:
             h, w = Z.shape[2:]
             positional = self._once((h, w), lambda: self.positional(self.clip.visual.positional_grid(h, w)))
         return Logits(query, reference, positional, rectify_logits(query, bias_logits(reference, positional)), Z)
@@ -279,9 +273,9 @@ class ReCLIP(nn.Module):
         """Pseudo-labels of Sec. 3.4 -> (B, C) bool."""
         return image_level_labels(self.image_similarity(thumbnails), threshold, top_k)
 
-    def loss(self, pictures, labels):
-        """Eq. (1)-(5): pictures (B, 3, H, W) in [0, 1], image-level labels (B, C) bool -> scalar."""
-        logits = self(pictures)
+    def loss(self, Z, labels):
+        """Eq. (1)-(5): features Z (B, D, h, w), image-level labels (B, C) bool -> scalar."""
+        logits = self.rectify(Z)
         masks = gumbel_softmax_masks(logits.rectified, self.tau_1)
         return contrastive_loss(masked_features(logits.features, masks, self.pool), self.W_q, labels, self.tau)
 
@@ -320,3 +314,39 @@ class ReCLIP(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
         return model.to(device).eval()
+
+
+# --- A guided tour ------------------------------------------------------------------------------------------
+
+def tour():
+    """One picture of shapes through Eq. (1)-(5), before anything is learnt."""
+    from datasets import DATA, open_split  # for the tour alone; the module does not need it
+    torch.manual_seed(0)
+    facts, split = DATA["shapes"], open_split("shapes", None, "train")
+    model = ReCLIP(load_clip(facts.clip), facts.classes, prompts=facts.prompts, positional_gain=0.1).train()
+    picture = split.picture(0)[None].float() / 255
+    print(f"The picture holds {', '.join(facts.classes[c] for c in split.label(0).unique() if c < 255)}.")
+    show("picture", picture, "I          (B, 3, H, W)")
+    logits = model(picture)
+    similarity = model.image_similarity(picture)
+    labels = image_level_labels(similarity, threshold=40, top_k=2)
+    masks = gumbel_softmax_masks(logits.rectified, tau_1=0.03)
+    pooled = masked_features(logits.features, masks)
+    show("features", logits.features, "Z          (B, D, h, w)  Sec. 3.1, each patch of length 1")
+    show("W_q", model.W_q, "W_q        (C, D)        Sec. 3.1, mean over prompts")
+    show("reference(clip)", model.reference(model.clip), "W_r        (C, D)        Eq. 1 through the text encoder")
+    show("query_logits", logits.query, "M_q        (B, C, h, w)  Sec. 3.1, cosines")
+    show("reference_logits", logits.reference, "M_r        (B, C, h, w)  Sec. 3.2")
+    show("positional_logits", logits.positional, "M_p        (1, C, h, w)  Sec. 3.3")
+    show("bias_logits", bias_logits(logits.reference, logits.positional), "M_b        (B, C, h, w)  Eq. 2")
+    show("rectified_logits", logits.rectified, "M          (B, C, h, w)  Eq. 3")
+    show("masks", masks, "M^         (B, C, h, w)  Eq. 4, one class a patch")
+    show("image_similarity", similarity, "100 cos    (B, C)        Sec. 3.4")
+    show("image_level_labels", labels.float(), "c_1..c_K   (B, C)        Sec. 3.4: " + ", ".join(
+        name for name, found in zip(facts.classes, labels[0]) if found))
+    show("masked_features", pooled, "Z_g pooled (B, C, D)     Sec. 3.4, global average")
+    show("contrastive_loss", contrastive_loss(pooled, model.W_q, labels, model.tau), "L          ()            Eq. 5")
+
+
+if __name__ == "__main__":
+    tour()

@@ -22,23 +22,22 @@ import dataclasses
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
 from clip_model import CLIP, Tokenizer, load_clip, normalise, written_atomically
-from datasets import DATA, Augment, Thumbnails, TrainingStream, open_split
-from eval import Progress, best_device, evaluate_stage
-from reclip import ReCLIP
+from datasets import (DATA, Augment, Evaluation, Thumbnails, TrainingStream, open_split, shapes_words, web_mosaics,
+                      web_scenes)
+from eval import Progress, best_device, evaluate, evaluate_stage, scores
+from reclip import PROMPTS, ReCLIP
 
-# ---------------------------------------------------------------------------------------------------------
-# Hyper-parameters
-# ---------------------------------------------------------------------------------------------------------
 
+# --- Hyper-parameters ---------------------------------------------------------------------------------------
 
 def option(default, help):
     return dataclasses.field(default=default, metadata={"help": help})
@@ -61,7 +60,7 @@ class Settings:
     reference_norm: str = option("frobenius", "length of W_r: frobenius (released) or class")
     positional_channels: int = option(None, "channels of M_p: one a class if not given (released), 1 (Eq. 2), 0: none")
     positional_last_relu: bool = option(True, "ReLU behind the last batch norm of the positional net (released)")
-    positional_start: float = option(1.0, "initial weight of that batch norm (ours)")
+    positional_gain: float = option(1.0, "fixed factor on M_p, for a small start (ours)")
     tau_1: float = option(0.001, "temperature of the Gumbel-softmax, Eq. 4 (released)")
     tau: float = option(None, "temperature of Eq. 5; if not given, 1 / CLIP's logit scale (released)")
     pool: str = option("global", "pooling of masked features: global (Sec. 3.4) or mask")
@@ -74,14 +73,13 @@ class Settings:
 
 SETTINGS = {
     "voc": Settings(),
-    "shapes": Settings(rectify_epochs=10, rectify_poly_epochs=10, rectify_batch=8, threshold=40.0, positional_start=0.03,
-                       tau_1=1 / 150, tau=0.01, crop=0, flip=False, photometric=False),
+    # All ours, chosen on shapes' val split. The tiny CLIP's cosines differ by .2, not .02: hence its temperatures.
+    "shapes": Settings(rectify_epochs=20, rectify_poly_epochs=20, rectify_batch=32, lr=0.2, threshold=50.0, top_k=1,
+                       positional_gain=0.05, tau_1=0.033, tau=0.033, crop=0, flip=False, photometric=False),
 }
 
-# ---------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------
 
+# --- The loop -----------------------------------------------------------------------------------------------
 
 def poly(lr, power, horizon):
     """Sec. 4.1's schedule, stepped once an epoch as released: epoch -> learning rate"""
@@ -152,12 +150,9 @@ def read_training_state(path, modules, optimiser, identity):
     return state["step"]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Stage 1: rectification
-# ---------------------------------------------------------------------------------------------------------
+# --- Stage 1: rectification ---------------------------------------------------------------------------------
 
-
-def image_labels(model, split, args, identity, path):
+def image_labels(model, split, args, s, identity, path):
     """Sec. 3.4's image-level pseudo-labels of the whole training set: {name: tuple of class indices}.
 
     They come from CLIP alone and never change, so they are computed once and kept in `path`, by picture name
@@ -170,7 +165,7 @@ def image_labels(model, split, args, identity, path):
     labels, loader = {}, DataLoader(Thumbnails(split, model.clip.input_resolution), 32, num_workers=args.workers)
     progress = Progress("image-level labels", len(split))
     for thumbnails, names in loader:
-        found = model.image_labels(thumbnails.to(args.device), args.settings.threshold, args.settings.top_k)
+        found = model.image_labels(thumbnails.to(args.device), s.threshold, s.top_k)
         labels |= {name: row.nonzero()[:, 0].tolist() for name, row in zip(names, found.cpu())}
         progress(len(labels))
     with written_atomically(path) as temporary:
@@ -178,33 +173,46 @@ def image_labels(model, split, args, identity, path):
     return labels
 
 
-def rectify(args, out, **changes):
+def rectify(args, out, prepare=None, shuffle=False, **changes):
     """Sec. 3.1-3.4: learns Reference prompt and positional net; writes <out>/rectify.pt. -> ReCLIP, eval mode.
-    changes: settings to replace, for ablations."""
+    For ablations and controls: changes replace settings, prepare(model) is called before training, shuffle deals the
+    image-level labels to other pictures."""
     s, facts = dataclasses.replace(args.settings, **changes), DATA[args.data]
     torch.manual_seed(args.seed)
     model = ReCLIP(load_clip(args.clip, args.device), facts.classes, prompt_length=s.prompt_length,
-                   reference_norm=s.reference_norm, positional_channels=s.positional_channels,
-                   positional_last_relu=s.positional_last_relu, positional_start=s.positional_start,
+                   prompts=facts.prompts or PROMPTS, reference_norm=s.reference_norm,
+                   positional_channels=s.positional_channels,
+                   positional_last_relu=s.positional_last_relu, positional_gain=s.positional_gain,
                    tau_1=s.tau_1, tau=s.tau, pool=s.pool).train()
+    if prepare:
+        prepare(model)
     split = open_split(args.data, args.root, "train", args.download)
     origin = {"data": args.data, "classes": list(facts.classes), "clip": model.clip.sha256,
               "threshold": s.threshold, "top_k": s.top_k}
-    labels = image_labels(model, split, args, origin, out / "image_labels.json")
+    labels = image_labels(model, split, args, s, origin, out / "image_labels.json")
+    if shuffle:
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        labels = {name: labels[split.names[i]] for name, i in zip(split.names, order)}
     stream = TrainingStream(split, Augment(s.long_side, facts.short_side, s.crop, flip=s.flip,
                                            photometric=s.photometric), args.seed)
     steps = math.ceil(s.rectify_epochs * len(split) / s.rectify_batch)
 
+    # CLIP is frozen: where pictures never change, neither do their features
+    known, fixed = {}, not (s.crop or s.flip or s.photometric)
+    for pictures, names in DataLoader(stream, 32, sampler=range(len(split))) if fixed else ():
+        known |= zip(names, model.features(pictures.to(args.device)))
+
     def batches(first):
         sampler = range(first * s.rectify_batch, steps * s.rectify_batch)
         for pictures, names in DataLoader(stream, s.rectify_batch, sampler=sampler, num_workers=args.workers):
+            Z = torch.stack([known[n] for n in names]) if fixed else model.features(pictures.to(args.device))
             present = torch.zeros(len(names), len(facts.classes), dtype=torch.bool)  # (B, C)
             for row, name in zip(present, names):
                 row[labels[name]] = True
-            yield (pictures.to(args.device), present.to(args.device)), names
+            yield (Z, present.to(args.device)), names
 
     lr = poly(s.lr, s.poly_power, s.rectify_poly_epochs)
-    learnable = {"reference": model.reference} | ({"positional": model.positional} if model.positional else {})
+    learnable = {name: m for name, m in (("reference", model.reference), ("positional", model.positional)) if m}
     optimiser = torch.optim.SGD([p for m in learnable.values() for p in m.parameters()], s.lr, s.momentum,
                                 weight_decay=s.weight_decay)
     fit("rectify", out=out, modules=learnable, optimiser=optimiser, loss_of=lambda batch: model.loss(*batch),
@@ -215,10 +223,7 @@ def rectify(args, out, **changes):
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Before stage 1: the tiny CLIP of shapes (ours; the paper starts from OpenAI's weights)
-# ---------------------------------------------------------------------------------------------------------
-
+# --- Before stage 1: the tiny CLIP of shapes (ours; the paper starts from OpenAI's weights) -----------------
 
 def info_nce(images, texts, scale):
     """CLIP's loss: (B, D), (B, D) -> scalar; picture i belongs to text i, both ways round."""
@@ -251,11 +256,38 @@ def picture_features(clip, images, mosaic, blind):
     return whole, dense
 
 
+def learn_merges(words):
+    """Byte-pair encoding's training: merge the most frequent pair until each word is one token."""
+    words, merges = [[*word[:-1], word[-1] + "</w>"] for word in words], []
+    while pairs := Counter(pair for parts in words for pair in zip(parts, parts[1:])):
+        best = max(sorted(pairs), key=pairs.get)
+        merges.append(best)
+        for parts in words:
+            for i in range(len(parts) - 2, -1, -1):
+                if tuple(parts[i:i + 2]) == best:
+                    parts[i:i + 2] = ["".join(best)]
+    return merges
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainSettings:
+    """All ours, chosen on the val split."""
+    mosaic_steps: int = 350     # first phase: mosaics only
+    steps: int = 1000           # both phases
+    mosaic_share: float = 0.25  # of the second phase's steps
+    mosaics: int = 48           # pictures a step; 4 captions each
+    scenes: int = 96            # pictures a step
+    dense_weight: float = 1.0   # of the dense term beside the class token's 1; on mosaics only
+    lr_mosaics: float = 2.5e-3
+    lr_scenes: float = 2e-3
+    weight_decay: float = 0.05  # of matrices
+
+
 def pretrain(args, out):
     """Trains the tiny CLIP on captioned web scenes of shapes (no pixel label) and writes <out>/shapes_clip.pt."""
-    s = PRETRAIN
+    s = PretrainSettings()
     torch.manual_seed(args.seed)
-    merges = shapes_merges()
+    merges = learn_merges(shapes_words())
     tokenizer = Tokenizer(merges)
     clip = CLIP(embed_dim=128, patch=8, vision_width=128, vision_layers=3, grid=8, context_length=16,
                 vocab_size=len(tokenizer.ids), text_width=128, text_layers=2).reset_parameters().to(args.device)
@@ -274,18 +306,22 @@ def pretrain(args, out):
 
     def batches(first):
         for step in range(first, s.steps):
-            rng = np.random.default_rng((args.seed, step))
-            only = step < s.mosaic_steps
-            mosaic, blind = only or rng.random() < s.mosaic_share, only or rng.random() < 0.5
-            pictures, captions = (web_mosaics if mosaic else web_scenes)(rng, s.mosaics if mosaic else s.scenes)
-            tokens = tokenizer(captions, clip.context_length)
-            yield (pictures.to(args.device), tokens.to(args.device), mosaic, blind), captions[:1]
+            chance = torch.rand((), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+            first_phase = step < s.mosaic_steps
+            mosaic = first_phase or bool(chance < s.mosaic_share)
+            seed = (args.seed, step)
+            pictures, captions = web_mosaics(seed, s.mosaics) if mosaic else web_scenes(seed, s.scenes)
+            tokens = tokenizer(captions, clip.context_length, truncate=True)
+            yield (pictures.to(args.device), tokens.to(args.device), mosaic, first_phase), captions[:1]
 
     def loss_of(batch):
-        pictures, tokens, mosaic, blind = batch
-        whole, dense = picture_features(clip, pictures, mosaic, blind)
-        texts, scale = clip.encode_text(tokens), clip.logit_scale.exp().clamp(max=100)
-        return info_nce(whole, texts, scale) + s.dense_weight * info_nce(dense, texts, scale)
+        pictures, tokens, mosaic, first_phase = batch
+        with torch.autocast(args.device, torch.bfloat16):
+            whole, dense = picture_features(clip, pictures, mosaic, blind=first_phase)
+            texts = clip.encode_text(tokens)
+        scale = clip.logit_scale.exp().clamp(max=100)
+        loss = info_nce(whole.float(), texts.float(), scale)
+        return loss + s.dense_weight * info_nce(dense.float(), texts.float(), scale) if mosaic else loss
 
     def save():
         state = {key: value.half() for key, value in average.module.state_dict().items()}
@@ -297,26 +333,88 @@ def pretrain(args, out):
         identity=dataclasses.asdict(s) | {"seed": args.seed}, resume=args.resume, batch_size=s.scenes)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------
-
+# --- Command line -------------------------------------------------------------------------------------------
 
 def run_all(args, out):
     """Rectification with and without the positional net, and a small Table 4."""
-    rectify_only = rectify(args, out / "reference_only", positional_channels=0)
+    reference_only = rectify(args, out / "reference_only", positional_channels=0)
     model = rectify(args, out)
-    rows = [("MaskCLIP (Query only)", model, "clip", out), ("+ Reference", rectify_only, "rectify", out / "reference_only"),
+    rows = [("MaskCLIP (Query only)", model, "clip", out),
+            ("+ Reference", reference_only, "rectify", out / "reference_only"),
             ("+ Reference + positional", model, "rectify", out)]
     results = [(name, evaluate_stage(args, m, stage, folder)["miou"]) for name, m, stage, folder in rows]
     print(f"\n{args.data} {args.split}, mIoU" + "".join(f"\n  {name:<28}{100 * miou:5.1f}" for name, miou in results))
     print(f"masks: {out / 'eval_rectify.png'}")
 
 
+class ClassNumbers(nn.Module):
+    """A control in the place of M_p: one number a class, the same everywhere."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers = nn.Parameter(numbers.view(1, -1, 1, 1))
+
+    def forward(self, positional_grid):
+        return self.numbers.expand(-1, -1, *positional_grid.shape[2:])
+
+
+def mean_logits(args, model):
+    """(C,): the mean of M_q over all patches of the training pictures."""
+    split = open_split(args.data, args.root, "train")
+    loader = DataLoader(Thumbnails(split, model.clip.input_resolution), 32, num_workers=args.workers)
+    with torch.no_grad():
+        means = [model(pictures.to(args.device)).query.mean((2, 3)) for pictures, _ in loader]  # (B, C) each
+    return torch.cat(means).mean(0)
+
+
+def run_paper(args, out):
+    """Table 4 over several seeds, with the controls that tell how much of a gain is the method's: the paper's
+    one-channel positional net (which cancels: the noise floor), one learnt number a class, subtraction of the
+    mean logit, and training on the image-level labels of other pictures."""
+    def numbers(model):
+        model.positional = ClassNumbers(torch.zeros(len(model.class_names), device=args.device))
+
+    variants = {
+        "+ Reference": dict(positional_channels=0),
+        "+ positional": dict(prompt_length=0),
+        "+ Reference + positional": dict(),
+        "+ Reference + positional, 1 channel": dict(positional_channels=1),
+        "control: one number a class": dict(prompt_length=0, prepare=numbers, lr=0.01 * args.settings.lr),
+        "control: labels of other pictures": dict(shuffle=True),
+    }
+    facts = DATA[args.data]
+    dataset = Evaluation(open_split(args.data, args.root, args.split), facts.short_side)
+
+    def miou(model, kind="rectified"):
+        confusion = evaluate(lambda x: getattr(model(x), kind), model.clip.to_pixels, dataset, len(facts.classes),
+                             facts.denoise, args.device)
+        return scores(confusion)["miou"]
+
+    results = {}  # row -> mIoU of each seed
+    for args.seed in range(args.seeds):
+        for row, (name, changes) in enumerate(variants.items()):
+            model = rectify(args, out / "paper" / f"seed{args.seed}_row{row}", **changes)
+            results.setdefault(name, []).append(miou(model))
+    model.positional, model.reference = ClassNumbers(mean_logits(args, model)), None
+    results = {"MaskCLIP (Query only)": [miou(model, "query")], **results,
+               "control: minus the mean logit": [miou(model.train().eval())]}
+    with written_atomically(out / "paper" / "table4.csv") as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([["row", *(f"seed {s}" for s in range(args.seeds))],
+                                    *([name, *values] for name, values in results.items())])
+    print(f"\n{args.data} {args.split}, {model.clip.source}: mIoU, mean (least .. most) of {args.seeds} seeds")
+    for name, values in results.items():
+        values = [100 * value for value in values]
+        spread = f" ({min(values):.1f} .. {max(values):.1f})" if len(values) > 1 else ""
+        print(f"  {name:<38}{sum(values) / len(values):5.1f}{spread}")
+
+
+STAGES = {"all": run_all, "pretrain": pretrain, "rectify": rectify, "paper": run_paper}
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--stage", choices=["all", "pretrain", "rectify"], default="all", help="default: all, on shapes")
+    add("--stage", choices=list(STAGES), default="all", help="default: all, on shapes")
     add("--data", choices=list(SETTINGS), default="shapes", help="data set (default: shapes)")
     add("--root", default="data", help="folder that holds VOCdevkit/ (default: data)")
     add("--download", action="store_true", help="fetch the data set if it is missing")
@@ -326,6 +424,8 @@ def parse(argv=None):
     add("--device", default=best_device(), help="cpu, cuda, mps (default: the best there is)")
     add("--workers", type=int, help="processes that decode pictures (default: 4 beside a GPU, else 0)")
     add("--resume", action="store_true", help="go on where the same command was stopped")
+    add("--split", help="what --stage all and paper evaluate on (default: test for shapes, else val)")
+    add("--seeds", type=int, default=3, help="number of seeds of --stage paper (default: 3)")
     add("--epochs", type=int, help="short for --<stage>_epochs")
     group = parser.add_argument_group("hyper-parameters", "defaults in brackets, by data set")
     for field in dataclasses.fields(Settings):
@@ -341,13 +441,16 @@ def parse(argv=None):
     args.settings = dataclasses.replace(SETTINGS[args.data], **changes)
     args.clip = args.clip or DATA[args.data].clip
     args.workers = args.workers if args.workers is not None else 4 if args.device.startswith("cuda") else 0
-    args.out, args.split, args.denoise = Path(args.out or f"runs/{args.data}"), DATA[args.data].splits[-1], None
+    args.out, args.denoise = Path(args.out or f"runs/{args.data}"), None
+    args.split = args.split or DATA[args.data].splits[-1]
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    {"all": run_all, "pretrain": pretrain, "rectify": rectify}[args.stage](args, args.out)
+    if args.data == "shapes" and args.device == "cpu":
+        torch.set_num_threads(1)  # tensors this small gain little from a second thread, and stall on shared cores
+    STAGES[args.stage](args, args.out)
 
 
 if __name__ == "__main__":

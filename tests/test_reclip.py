@@ -187,13 +187,16 @@ def test_running_statistics(clip):
     close(net.net[1].running_var, 0.9 + 0.1 * x.var((1, 2), unbiased=True))
 
 
-def test_start_touches_the_last_batch_norm_only():
+def test_gain_changes_nothing_but_the_scale():
+    # same seed: all weights equal to the bit, and M_p is the gain times the plain one
     nets = []
-    for start in (1.0, 0.05):
+    for gain in (1.0, 0.05):
         torch.manual_seed(0)
-        nets.append(PositionalBias(128, 3, start=start).state_dict())
-    differing = [key for key in nets[0] if not torch.equal(nets[0][key], nets[1][key])]
-    assert differing == ["net.7.weight"] and torch.equal(nets[1]["net.7.weight"], torch.full((3,), 0.05))
+        nets.append(PositionalBias(128, 3, gain=gain))
+    plain, small = (net.state_dict() for net in nets)
+    assert all(torch.equal(plain[key], small[key]) for key in plain)
+    grid = torch.randn(1, 128, 5, 7)
+    torch.testing.assert_close(nets[1](grid), 0.05 * nets[0](grid))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -245,7 +248,7 @@ def test_a_positional_logit_shared_by_all_classes_does_nothing(make_model):
         torch.manual_seed(3)
         masks.append((rectified.argmax(1), gumbel_softmax_masks(rectified, 0.05).argmax(1)))
         torch.manual_seed(3)
-        losses.append(model.loss(images, labels))
+        losses.append(model.loss(model.features(images), labels))
         losses[-1].backward()
     assert shared(images).positional.std() > 0.1  # it is there, and yet:
     assert torch.equal(masks[0][0], masks[1][0]) and torch.equal(masks[0][1], masks[1][1])
@@ -382,7 +385,7 @@ def test_loss_from_beginning_to_end(make_model, clip, settings):
     model, images = make_model(**settings).eval(), pictures()
     M, Z = model(images).rectified.detach(), model(images).features
     torch.manual_seed(5)
-    loss = model.loss(images, LABELS)
+    loss = model.loss(model.features(images), LABELS)
     tau_1, tau = settings.get("tau_1", 0.001), settings.get("tau", 0.05)  # tau: 1 / exp(logit scale)
     best = (M / tau_1 + noise_of(5, M)).argmax(1)
     masks = torch.stack([(best == c).double() for c in range(4)], dim=1)
@@ -394,14 +397,14 @@ def test_loss_of_a_batch_is_the_mean_over_pictures(make_model, monkeypatch):
     model, images = make_model().train(), pictures()
     monkeypatch.setattr(reclip, "gumbel_softmax_masks",  # no noise
                         lambda M, tau_1: F.one_hot(M.argmax(1), 4).permute(0, 3, 1, 2).double())
-    single = [model.loss(images[i:i + 1], LABELS[i:i + 1]) for i in range(2)]
-    close(model.loss(images, LABELS), (single[0] + single[1]) / 2)
+    single = [model.loss(model.features(images[i:i + 1]), LABELS[i:i + 1]) for i in range(2)]
+    close(model.loss(model.features(images), LABELS), (single[0] + single[1]) / 2)
     assert (single[0] - single[1]).abs() > 1e-6
 
 
 def test_only_what_is_learnt_gets_gradients(make_model):
     model = make_model(tau_1=0.05).train()
-    model.loss(pictures(), LABELS).backward()
+    model.loss(model.features(pictures()), LABELS).backward()
     for name, parameter in model.named_parameters():
         if name.startswith("clip."):
             assert parameter.grad is None and not parameter.requires_grad, name
@@ -417,7 +420,7 @@ def fixed_loss(model, images, labels, draws=10):
     total = 0
     for seed in range(draws):
         torch.manual_seed(seed)
-        total += model.loss(images, labels).item() / draws
+        total += model.loss(model.features(images), labels).item() / draws
     return total
 
 
@@ -431,7 +434,7 @@ def test_training_lowers_the_loss_and_leaves_clip_alone(make_model, clip, channe
     for step in range(30):
         torch.manual_seed(100 + step)
         optimizer.zero_grad()
-        model.loss(images, LABELS).backward()
+        model.loss(model.features(images), LABELS).backward()
         optimizer.step()
     end = fixed_loss(model, images, LABELS)
     assert end < start - 0.02, (start, end)
@@ -445,7 +448,7 @@ def test_eval_forgets_after_training(make_model):
     old = model(images)
     assert torch.equal(model(images).rectified, old.rectified)
     model.train()
-    model.loss(images, LABELS).backward()
+    model.loss(model.features(images), LABELS).backward()
     with torch.no_grad():
         for parameter in (model.reference.vectors, *model.positional.parameters()):
             parameter -= 0.1 * parameter.grad.sign()
@@ -499,7 +502,7 @@ def saved(clip, merges, tmp_path):
     torch.save({"state_dict": clip.state_dict(), "merges": merges}, tmp_path / "clip.pt")
     model = ReCLIP(load_clip(tmp_path / "clip.pt"), ["cat | dog", "grass", "tree"], prompt_length=5, tau=0.03,
                    reference_norm="class", positional_channels=1, positional_last_relu=False, tau_1=0.01, pool="mask",
-                   positional_start=0.3, W_q=F.normalize(torch.randn(3, 12), dim=-1))
+                   positional_gain=0.3, W_q=F.normalize(torch.randn(3, 12), dim=-1))
     model.reference.vectors.data += 0.1 * torch.randn_like(model.reference.vectors)
     model.train()(pictures().float())  # moves the running statistics
     model.save(tmp_path / "model.pt", step=3)
@@ -512,7 +515,7 @@ def test_save_and_load(saved, given):
     loaded, images = ReCLIP.load(path, model.clip if given else None), pictures().float()
     assert not loaded.training and loaded.class_names == model.class_names
     assert (loaded.tau, loaded.tau_1, loaded.pool, loaded.settings) == (0.03, 0.01, "mask", model.settings)
-    assert loaded.settings["positional_start"] == 0.3 and loaded.settings["prompt_length"] == 5
+    assert loaded.settings["positional_gain"] == 0.3 and loaded.settings["prompt_length"] == 5
     for a, b in zip(loaded(images), model(images)):
         assert torch.equal(a, b)
 
@@ -569,7 +572,7 @@ def test_files_that_hold_no_model(saved, tmp_path):
 
 
 @pytest.mark.parametrize("classes, settings, word", [
-    (["cat", "dog", "cat"], {}, "cat, dog, cat"), (["cat"], {}, "at least two"), (["cat", "dog"], {"pool": "max"}, "max"),
+    (["cat", "dog", "cat"], {}, "'cat', 'dog', 'cat'"), (["cat"], {}, "two or more"), (["cat", "dog"], {"pool": "max"}, "max"),
     (["cat", "dog"], {"reference_norm": "rows"}, "rows")])
 def test_unfit_arguments(clip, classes, settings, word):
     with pytest.raises(ValueError, match=word):

@@ -1,0 +1,162 @@
+"""train.py: the loop, its checkpoints, the settings, and training without labels."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+import train
+from reclip import ReCLIP
+
+
+@pytest.fixture
+def command(make_voc, tiny_clip_file, tmp_path):
+    """train.py's arguments for a small VOC; `out` and more options are appended."""
+    root = make_voc({"train": 4})
+    return lambda out, *more: ["--stage", "rectify", "--data", "voc", "--root", str(root), "--clip", str(tiny_clip_file),
+                               "--device", "cpu", "--crop", "32", "--epochs", "3", "--out", str(tmp_path / out), *more]
+
+
+def learnt(folder):
+    return torch.load(folder / "rectify.pt", weights_only=True)["learnt"]
+
+
+def fail_at(monkeypatch, step, effect):
+    """Makes the step-th call of ReCLIP.loss raise or return something else."""
+    calls, loss = [], ReCLIP.loss
+
+    def counted(self, *batch):
+        calls.append(1)
+        return effect(loss(self, *batch)) if len(calls) == step else loss(self, *batch)
+    monkeypatch.setattr(ReCLIP, "loss", counted)
+
+
+def interrupt(loss):
+    raise KeyboardInterrupt
+
+
+def test_resumed_run_equals_uninterrupted_one(command, tmp_path, monkeypatch):
+    """Stopped in the middle of the second epoch: after --resume, weights, log and order are equal to the bit."""
+    train.main(command("whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fail_at(patch, 7, interrupt)
+        train.main(command("parts"))
+    state = torch.load(tmp_path / "parts" / "rectify_state.pt", weights_only=True)
+    assert state["step"] == 4  # one epoch of 4 pictures
+    train.main(command("parts", "--resume"))
+    whole, parts = learnt(tmp_path / "whole"), learnt(tmp_path / "parts")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    logs = [(tmp_path / name / "rectify_log.csv").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 13
+    other = command("other", "--seed", "1")
+    train.main(other)
+    assert not torch.equal(learnt(tmp_path / "other")["reference.vectors"], whole["reference.vectors"])
+
+
+def test_only_the_bias_modules_learn(command, tmp_path):
+    train.main(command("run"))
+    after = ReCLIP.load(tmp_path / "run" / "rectify.pt")
+    settings = {k: v for k, v in after.settings.items()}
+    torch.manual_seed(0)
+    before = ReCLIP(after.clip, after.class_names, W_q=after.W_q, **settings)
+    assert not torch.equal(before.reference.vectors, after.reference.vectors)
+    assert not torch.equal(before.positional.net[0].weight, after.positional.net[0].weight)
+    fresh = train.load_clip(after.clip.source).state_dict()
+    assert all(torch.equal(value, fresh[key]) for key, value in after.clip.state_dict().items())
+
+
+def test_trains_without_label_folder(command, tmp_path):
+    shutil.rmtree(tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass")
+    train.main(command("run"))
+    assert (tmp_path / "run" / "rectify.pt").is_file()
+
+
+def test_nan_loss_names_step_and_picture_and_keeps_the_last_state(command, tmp_path, monkeypatch):
+    fail_at(monkeypatch, 6, lambda loss: loss * float("nan"))
+    with pytest.raises(ValueError, match=r"nan at step 5 on train_\d"):
+        train.main(command("run"))
+    assert torch.load(tmp_path / "run" / "rectify_state.pt", weights_only=True)["step"] == 4
+    assert all(value.isfinite().all() for value in learnt(tmp_path / "run").values())
+
+
+def test_resume_refuses_other_settings_and_lists_them(command, tmp_path):
+    train.main(command("run"))
+    with pytest.raises(ValueError, match=r"lr was 0.01, now 0.5; .*pool was 'global', now 'mask'"):
+        train.main(command("run", "--resume", "--lr", "0.5", "--pool", "mask"))
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:500]),
+                                    lambda p: p.write_text("hello")])
+def test_resume_without_a_good_state(command, tmp_path, damage):
+    train.main(command("run", "--epochs", "1"))
+    damage(tmp_path / "run" / "rectify_state.pt")
+    with pytest.raises((FileNotFoundError, ValueError), match="rectify_state.pt") as caught:
+        train.main(command("run", "--epochs", "1", "--resume"))
+    assert "\n" not in str(caught.value)
+
+
+def test_pseudo_labels_are_kept_by_name_and_made_anew_for_other_settings(command, tmp_path):
+    """The file holds, for each picture name, what Sec. 3.4 says of that very picture."""
+    train.main(command("run", "--epochs", "1"))
+    path = tmp_path / "run" / "image_labels.json"
+    content = json.loads(path.read_text())
+    model = ReCLIP.load(tmp_path / "run" / "rectify.pt")
+    split = train.open_split("voc", tmp_path, "train")
+    for thumbnail, name in train.Thumbnails(split, model.clip.input_resolution):
+        similarity = model.image_similarity(thumbnail[None])[0]
+        expected = [c for c in range(20) if similarity[c] > 23] or sorted(similarity.topk(2).indices.tolist())
+        assert content["labels"][name] == expected
+    content["labels"] = {name: [3] for name in content["labels"]}
+    path.write_text(json.dumps(content))
+    train.main(command("run", "--epochs", "1"))
+    assert json.loads(path.read_text()) == content  # same settings: read, not computed
+    train.main(command("run", "--epochs", "1", "--top_k", "1", "--threshold", "99"))
+    labels = json.loads(path.read_text())["labels"]
+    assert [len(found) for found in labels.values()] == [1] * 4 and json.loads(path.read_text()) != content
+
+
+def test_learning_rate_follows_the_poly_rule(command, tmp_path):
+    """lr (1 - epoch / 200) ** 0.9, stepped once an epoch (Sec. 4.1, released horizon)."""
+    train.main(command("run"))
+    rows = list(csv.DictReader((tmp_path / "run" / "rectify_log.csv").open()))
+    assert [float(row["lr"]) for row in rows] == pytest.approx(
+        [0.01 * (1 - (step // 4) / 200) ** 0.9 for step in range(12)], rel=1e-5)
+
+
+def test_every_setting_is_an_option():
+    args = train.parse(["--data", "voc", "--no-flip", "--positional_channels", "1", "--tau", "0.02", "--pool", "mask"])
+    assert args.settings == dataclasses.replace(train.SETTINGS["voc"], flip=False, positional_channels=1, tau=0.02,
+                                                pool="mask")
+    assert train.parse(["--stage", "rectify", "--data", "voc"]).settings == train.Settings()
+
+
+def test_help_shows_defaults_and_sources(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(train.Settings):
+        assert f"--{field.name}" in text
+    assert "learning rate of SGD (Sec. 4.1) [voc 0.01, shapes 0.2]" in text
+
+
+@pytest.mark.parametrize("options", [["--no_such_flag"], ["--data", "cityscapes"], ["--stage", "dance"], ["--lr", "fast"]])
+def test_unknown_options_end_at_once(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.parse(options)
+    assert caught.value.code == 2 and options[-1] in capsys.readouterr().err
+
+
+def test_pretraining_writes_a_clip_that_loads(tmp_path, monkeypatch):
+    """Three steps of each kind, resumed once; the file is fp16, brings its vocabulary, and loads as any CLIP."""
+    few = dataclasses.replace(train.PretrainSettings(), mosaic_steps=2, steps=4, mosaics=2, scenes=4, mosaic_share=0.5)
+    monkeypatch.setattr(train, "PretrainSettings", lambda: few)
+    train.main(["--stage", "pretrain", "--device", "cpu", "--out", str(tmp_path)])
+    raw = torch.load(tmp_path / "shapes_clip.pt", weights_only=True)
+    assert all(value.dtype == torch.float16 for value in raw["state_dict"].values())
+    clip = train.load_clip(tmp_path / "shapes_clip.pt")
+    tokens = clip.tokenize("a photo of a coin on wood")[0]
+    assert int((tokens > 0).sum()) == 9  # seven words, start and end: each word is one token
+    assert clip.encode_image_dense(torch.zeros(1, 3, 64, 40)).shape == (1, 128, 8, 5)
