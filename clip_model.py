@@ -10,8 +10,8 @@ What stands here
     load_clip                 official TorchScript archives and plain state dicts, without running code from them
 
 Symbols
-    B pictures, N texts, C classes; H x W pixels, p patch size, h x w patches (h = ceil(H/p)), n = h*w
-    D joint width of image and text, W width of a transformer, L prompt vectors
+    B pictures, N texts or tokens, C classes; H x W pixels, h x w patches (h = ceil(H / patch size)), n = h*w
+    D joint width of image and text, E width of a transformer (768 and 512 in ViT-B/16), L prompt vectors
 
 Copied elsewhere, it is used like this:
     clip = load_clip("ViT-B/16")
@@ -242,18 +242,18 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def project(self, x, part):
-        """part 0, 1, 2: queries, keys, values of x (B, N, W) -> (B, heads, N, W / heads)"""
+        """part 0, 1, 2: queries, keys, values of x (B, N, E) -> (B, heads, N, E / heads)"""
         weight, bias = self.in_proj_weight.chunk(3)[part], self.in_proj_bias.chunk(3)[part]
         return F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, mask=None, rows=None):
-        """x (B, N, W); mask, boolean, true = may be read: (N, N), or (len(rows), N) when `rows` names the
+        """x (B, N, E); mask, boolean, true = may be read: (N, N), or (len(rows), N) when `rows` names the
         positions whose output is wanted; mask "causal" lets each position read itself and what is before."""
-        q = self.project(x if rows is None else x[:, rows], 0)  # (B, heads, N or rows, W / heads)
-        k, v = self.project(x, 1), self.project(x, 2)           # (B, heads, N, W / heads)
+        q = self.project(x if rows is None else x[:, rows], 0)  # (B, heads, N or rows, E / heads)
+        k, v = self.project(x, 1), self.project(x, 2)           # (B, heads, N, E / heads)
         causal = isinstance(mask, str)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal)
-        return self.out_proj(out.transpose(1, 2).flatten(2))    # (B, N or rows, W)
+        return self.out_proj(out.transpose(1, 2).flatten(2))    # (B, N or rows, E)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -270,14 +270,14 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x, mask=None, rows=None):
-        """(B, N, W) -> (B, N, W), or (B, len(rows), W) where only some positions are needed"""
+        """(B, N, E) -> (B, N, E), or (B, len(rows), E) where only some positions are needed"""
         x = (x if rows is None else x[:, rows]) + self.attn(self.ln_1(x), mask, rows)
         return x + self.mlp(self.ln_2(x))
 
     def value_path(self, x):
         """MaskCLIP's last block (the paper's Sec. 3.1): no query and no key; each position keeps its own
         value, projected, which equals a 1x1 convolution of the grid. The paper does not mention the residual
-        and the perceptron; the released code keeps both, as MaskCLIP does, and so do we. (B, N, W) -> same"""
+        and the perceptron; the released code keeps both, as MaskCLIP does, and so do we. (B, N, E) -> same"""
         x = x + self.attn.out_proj(self.attn.project(self.ln_1(x), 2).transpose(1, 2).flatten(2))
         return x + self.mlp(self.ln_2(x))
 
@@ -302,24 +302,24 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, output_dim))
 
     def positional_grid(self, h, w):
-        """The patches' positional embedding, bicubically resized: (1, W, h, w). Also p in Sec. 3.3."""
-        grid = self.positional_embedding[1:].T.unflatten(1, (self.grid, self.grid))[None]  # (1, W, grid, grid)
+        """The patches' positional embedding, bicubically resized: (1, E, h, w). Also p in Sec. 3.3."""
+        grid = self.positional_embedding[1:].T.unflatten(1, (self.grid, self.grid))[None]  # (1, E, grid, grid)
         if (h, w) == (self.grid, self.grid):
             return grid
         return F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
 
     def embed(self, images):
-        """Normalised pictures (B, 3, H, W) -> tokens (B, 1 + n, W) and the grid's size (h, w).
+        """Normalised pictures (B, 3, H, W) -> tokens (B, 1 + n, E) and the grid's size (h, w).
 
         H and W that are no multiple of the patch are padded right and bottom with zeros (the mean colour);
         `to_pixels` cuts what lies over the padding off again."""
         H, W = images.shape[-2:]
         images = F.pad(images, (0, -W % self.patch, 0, -H % self.patch))
-        x = self.conv1(images)                                                      # (B, W, h, w)
+        x = self.conv1(images)                                                      # (B, E, h, w)
         h, w = x.shape[-2:]
-        x = (x + self.positional_grid(h, w)).flatten(2).transpose(1, 2)             # (B, n, W)
+        x = (x + self.positional_grid(h, w)).flatten(2).transpose(1, 2)             # (B, n, E)
         first = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)
-        return self.ln_pre(torch.cat([first.to(x.dtype), x], dim=1)), (h, w)        # (B, 1 + n, W)
+        return self.ln_pre(torch.cat([first.to(x.dtype), x], dim=1)), (h, w)        # (B, 1 + n, E)
 
 
 class CLIP(nn.Module):
@@ -350,7 +350,11 @@ class CLIP(nn.Module):
         return self.visual.grid * self.visual.patch
 
     def tokenizer_or_default(self):
-        return self.tokenizer or openai_tokenizer()
+        tokenizer = self.tokenizer or openai_tokenizer()
+        if tokenizer.end != self.eot:
+            raise ValueError(f"{self.source} has {self.eot + 1} tokens, the tokenizer {tokenizer.end + 1}: save the "
+                             "weights as {'state_dict': ..., 'merges': ...} with their own merge list")
+        return tokenizer
 
     def tokenize(self, texts, truncate=False):
         """In this model's own vocabulary and length; OpenAI's if the weights brought none. -> (N, context)"""
@@ -358,21 +362,21 @@ class CLIP(nn.Module):
 
     def encode_image(self, images):
         """Normalised pictures (B, 3, H, W) -> (B, D), not normalised."""
-        x, _ = self.visual.embed(images)                    # (B, 1 + n, W)
+        x, _ = self.visual.embed(images)                    # (B, 1 + n, E)
         *blocks, last = self.visual.transformer.resblocks
         for block in blocks:
             x = block(x)
-        x = last(x, rows=[0])[:, 0]                         # (B, W): only the class token is read
+        x = last(x, rows=[0])[:, 0]                         # (B, E): only the class token is read
         return self.visual.ln_post(x) @ self.visual.proj    # (B, D)
 
     def encode_image_dense(self, images):
         """Normalised pictures (B, 3, H, W) -> patch features Z in the joint space (B, D, h, w), not normalised,
         with h = ceil(H / patch): MaskCLIP's reading of CLIP (Sec. 3.1)."""
-        x, size = self.visual.embed(images)                 # (B, 1 + n, W)
+        x, size = self.visual.embed(images)                 # (B, 1 + n, E)
         *blocks, last = self.visual.transformer.resblocks
         for block in blocks:
             x = block(x)
-        x = last.value_path(x[:, 1:])                       # (B, n, W): the class token ends here
+        x = last.value_path(x[:, 1:])                       # (B, n, E): the class token ends here
         x = self.visual.ln_post(x) @ self.visual.proj       # (B, n, D)
         return x.transpose(1, 2).unflatten(2, size)         # (B, D, h, w)
 
@@ -385,20 +389,20 @@ class CLIP(nn.Module):
         """(N, context) int64 -> (N, D), not normalised: the state at EOT, which has the largest id."""
         end = tokens.argmax(-1)                             # (N,)
         tokens = tokens[:, :int(end.max()) + 1]             # causal: what stands behind EOT is never read
-        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (N, length, W)
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (N, length, E)
         for block in self.transformer.resblocks:
             x = block(x, "causal")
-        x = x[torch.arange(len(x)), end]                    # (N, W)
+        x = x[torch.arange(len(x)), end]                    # (N, E)
         return self.ln_final(x) @ self.text_projection      # (N, D)
 
     def encode_prompted_plain(self, prompt, names):
         """The texts [SOT] v_1..v_L [name] [EOT] (Eq. 1), each encoded on its own. Slow, for reading and testing.
-        prompt (L, W); names: C lists of token ids -> (C, D)"""
+        prompt (L, E); names: C lists of token ids -> (C, D)"""
         texts = []
         for name in names:
             ids = torch.tensor([self.sot, *name, self.eot], device=prompt.device)
             first, rest = self.token_embedding(ids).split([1, len(name) + 1])
-            x = torch.cat([first, prompt, rest])            # (1 + L + len(name) + 1, W)
+            x = torch.cat([first, prompt, rest])            # (1 + L + len(name) + 1, E)
             x = (x + self.positional_embedding[:len(x)])[None]
             for block in self.transformer.resblocks:
                 x = block(x, "causal")
@@ -421,13 +425,13 @@ class CLIP(nn.Module):
         mask = (place <= place[:, None]) & ((owner == -1) | (owner == owner[:, None]))            # (P+T, P+T)
         eot = P - 1 + torch.tensor(ends, device=prompt.device).cumsum(0)                                # (C,)
 
-        start = self.token_embedding.weight[self.sot][None]                                             # (1, W)
+        start = self.token_embedding.weight[self.sot][None]                                             # (1, E)
         x = torch.cat([start, prompt, self.token_embedding(ids)]) + self.positional_embedding[place]
-        x = x[None]                                                                               # (1, P+T, W)
+        x = x[None]                                                                               # (1, P+T, E)
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x = block(x, mask)
-        x = last(x, mask[eot], rows=eot)[0]                                                             # (C, W)
+        x = last(x, mask[eot], rows=eot)[0]                                                             # (C, E)
         return self.ln_final(x) @ self.text_projection                                                  # (C, D)
 
     @torch.no_grad()
@@ -587,7 +591,7 @@ def tour():
     prompt = clip.token_embedding.weight[0].repeat(5, 1)
     show("picture", picture, "(B, 3, H, W) in [0, 1]")
     show("tokens", tokens, f"(N, context): [SOT] ids [EOT] 0 .. of 'a photo of a {' / '.join(names)}'")
-    show("positional_grid", clip.visual.positional_grid(8, 8), "(1, W, h, w): p of Sec. 3.3")
+    show("positional_grid", clip.visual.positional_grid(8, 8), "(1, E, h, w): p of Sec. 3.3")
     show("encode_image", clip.encode_image(normalise(picture)), "(B, D): the whole picture")
     show("encode_image_dense", clip.encode_image_dense(normalise(picture)), "(B, D, h, w): Z of Sec. 3.1")
     show("encode_text", clip.encode_text(tokens), "(N, D)")

@@ -8,7 +8,6 @@ What stands here
     TrainingStream           an endless, seeded, resumable stream of pictures. It never opens a label
     Thumbnails               each picture once, as CLIP's image encoder wants it
     Evaluation               picture, label, name
-    colour_mask, legend      masks as pictures
 
 Symbols
     C classes; H x W pixels. Pictures are uint8 (3, H, W) or float in [0, 1]; no normalisation here, because
@@ -109,11 +108,14 @@ class Files:
         path = self.labels[i]
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: evaluation needs the labels (training does not)")
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise ValueError(f"{path} has mode {image.mode}: labels must be index PNGs (mode P or L); an RGB "
-                                 "copy has lost the class numbers")
-            label = torch.from_numpy(np.array(image))
+        try:
+            with Image.open(path) as image:
+                mode, label = image.mode, torch.from_numpy(np.array(image))
+        except Exception as error:
+            raise ValueError(f"{path} is not a readable label: {error}") from error
+        if mode not in ("P", "L"):
+            raise ValueError(f"{path} has mode {mode}: labels must be index PNGs (mode P or L); an RGB copy has lost "
+                             "the class numbers")
         worst = int(label[label != 255].max()) if (label != 255).any() else 0
         if worst > self.classes:
             raise ValueError(f"{path} holds the value {worst}, but there are {self.classes} classes")
@@ -125,7 +127,10 @@ def voc(root, split, download=False):
     base = Path(root) / "VOCdevkit" / "VOC2012"
     if download and not base.is_dir():
         from torchvision.datasets import VOCSegmentation  # 2 GB, md5 checked, unpacked under root
-        VOCSegmentation(root, year="2012", image_set=split, download=True)
+        try:
+            VOCSegmentation(root, year="2012", image_set=split, download=True)
+        except RuntimeError as error:
+            raise OSError(f"VOC 2012 could not be downloaded to {root}: {error}") from error
     names = read_list(base / "ImageSets" / "Segmentation" / f"{split}.txt", "--root must be the folder that holds "
                       "VOCdevkit/VOC2012 (2012, not 2010), or add --download")
     return Files([base / "JPEGImages" / f"{n}.jpg" for n in names],
@@ -145,7 +150,7 @@ def open_split(data, root, split, download=False):
     """The split as an object with .names, .picture(i), .label(i) and a length."""
     if data == "shapes":
         return Shapes(split)
-    return {"voc": voc}[data](root, split, download)
+    return voc(root, split, download)
 
 
 # --- shapes: a miniature world, drawn from seeds, nothing stored --------------------------------------------

@@ -4,8 +4,8 @@
     python eval.py --stage clip --data voc --root DIR          (the MaskCLIP baseline, same code)
 
 What stands here
-    segment                  logits of one picture at the label's own size: the protocol of the paper's tables
-    denoise_logits           released "prompt denoising": drop the classes that nowhere come out strong
+    segment                  the mask of one picture at its label's size: the protocol of the paper's tables
+    strong_classes           released "prompt denoising": drop the classes that nowhere come out strong
     confusion_matrix, scores truth x prediction counts -> mIoU, IoU per class, pixel accuracy
     evaluate                 a whole split
     draw_grid                pictures, truth and masks side by side, with a legend
@@ -14,7 +14,7 @@ What stands here
 Symbols
     C classes; (H, W) size of the picture that the network sees, (H0, W0) of the label; M logits (1, C, h, w)
 
-Copied elsewhere (datasets.py and reclip.py only feed the command line), it is used like this:
+It sits on top of the other files; alone, the functions under "Numbers" need no more than torch and IGNORE:
     confusion = sum(confusion_matrix(mask, label, 20) for mask, label in results)
     print(scores(confusion)["miou"])
 """
@@ -31,17 +31,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from clip_model import load_clip, sha256_of, written_atomically
 from datasets import DATA, IGNORE, Evaluation, open_split
+from deeplab import DeepLabV2
 from reclip import PROMPTS, ReCLIP
 
 
 # --- Numbers ------------------------------------------------------------------------------------------------
 
-def denoise_logits(logits, threshold, scale=100.0):
-    """Classes whose best probability softmax(scale * M) in the picture stays below the threshold get -inf:
-    (1, C, h, w) -> same. Not in the paper; the released evaluation does it. If no class passes, none is dropped."""
-    best = (scale * logits).softmax(1).amax((2, 3), keepdim=True)  # (1, C, 1, 1)
-    weak = (best < threshold) & (best >= threshold).any(1, keepdim=True)
-    return logits.masked_fill(weak, float("-inf"))
+def strong_classes(logits, threshold, scale=100.0):
+    """Indices of the classes whose best probability softmax(scale * M) in the picture reaches the threshold, of all
+    classes if none does: (1, C, h, w) -> (kept,). Not in the paper; the released evaluation does it."""
+    best = (scale * logits).softmax(1).amax((0, 2, 3))  # (C,)
+    kept = best >= threshold
+    return (kept | ~kept.any()).nonzero()[:, 0]
 
 
 def segment(logits, to_pixels, size, label_size, denoise=0.0):
@@ -50,9 +51,7 @@ def segment(logits, to_pixels, size, label_size, denoise=0.0):
     Bilinear to the padded picture, the padded part cut off, then bilinear to the label's size. The released
     code stretches the padded grid onto the unpadded picture, which shifts masks by up to 15 pixels.
     """
-    kept = torch.arange(logits.shape[1], device=logits.device)
-    if denoise:
-        kept = kept[denoise_logits(logits, denoise).amax((0, 2, 3)).isfinite()]
+    kept = strong_classes(logits, denoise)
     pixels = to_pixels(logits[:, kept], *size)                                                # (1, kept, H, W)
     pixels = F.interpolate(pixels, size=label_size, mode="bilinear", align_corners=False)     # (1, kept, H0, W0)
     return kept[pixels[0].argmax(0)]                                                          # (H0, W0)
@@ -146,8 +145,8 @@ class Progress:
     """`Progress("eval", 1449)(12, extra="")` shows step, rate and time left: in place on a terminal, now and
     then in a log."""
 
-    def __init__(self, name, total, first=0, unit="pictures", per_step=1):
-        self.name, self.total, self.first, self.unit, self.per_step = name, total, first, unit, per_step
+    def __init__(self, name, total, first=0, per_step=1):
+        self.name, self.total, self.first, self.per_step = name, total, first, per_step
         self.began, self.shown = time.perf_counter(), 0.0
         self.terminal = sys.stderr.isatty()
 
@@ -158,7 +157,7 @@ class Progress:
         self.shown = now
         rate = (step - self.first) / max(now - self.began, 1e-9)
         left = int((self.total - step) / rate) if rate else 0
-        line = (f"{self.name}  {step}/{self.total}  {extra}{rate * self.per_step:.1f} {self.unit}/s  "
+        line = (f"{self.name}  {step}/{self.total}  {extra}{rate * self.per_step:.1f} pictures/s  "
                 f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
         end = "\n" if step >= self.total or not self.terminal else ""
         print(("\r\x1b[K" if self.terminal else "") + line, end=end, file=sys.stderr, flush=True)
@@ -172,21 +171,22 @@ def best_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-STAGES = {"clip": "query", "rectify": "rectified"}  # --stage -> which part of reclip.Logits is the answer
+# --stage -> which part of the model's Logits is the answer, title of its column in the picture
+STAGES = {"clip": ("query", "CLIP"), "rectify": ("rectified", "rectified"), "distill": ("rectified", "distilled")}
 
 
-def evaluate_stage(args, model, stage, out, checkpoint=None):
-    """Evaluates one stage on one split, prints the table, writes <out>/eval_<stage>.json and .png."""
+def evaluate_stage(args, model, stage, out, others=(), checkpoint=None):
+    """Evaluates one stage on one split, prints the table, writes <out>/eval_<stage>.json and .png.
+    others: (model, stage) pairs whose masks stand beside this one's in the picture."""
     facts = DATA[args.data]
     denoise = facts.denoise if args.denoise is None else args.denoise
     dataset = Evaluation(open_split(args.data, args.root, args.split, args.download), facts.short_side)
-    classes, to_pixels = len(model.class_names), model.clip.to_pixels
-    progress = Progress(f"evaluate {stage}", len(dataset))
-    confusion = evaluate(lambda x: getattr(model(x), STAGES[stage]), to_pixels, dataset, classes, denoise,
-                         args.device, progress)
+    confusion = evaluate(lambda x: getattr(model(x), STAGES[stage][0]), model.to_pixels, dataset,
+                         len(model.class_names), denoise, args.device, Progress(f"evaluate {stage}", len(dataset)))
     result = scores(confusion)
     print_table(model.class_names, result, f"{args.data} {args.split}, {stage}: short side {facts.short_side}, "
                 f"denoise {denoise or 'off'}, {facts.background}")
+    checkpoint = Path(checkpoint or out / f"{stage}.pt")
     report = {
         "miou": result["miou"], "pixel_accuracy": result["pixel_accuracy"],
         "iou": {n: None if v != v else v for n, v in zip(model.class_names, result["iou"])},
@@ -194,26 +194,25 @@ def evaluate_stage(args, model, stage, out, checkpoint=None):
         "protocol": {"data": args.data, "split": args.split, "stage": stage, "pictures": len(dataset),
                      "short_side": facts.short_side, "denoise": denoise, "background": facts.background,
                      "classes_present": result["present"], "class_names": list(model.class_names),
-                     "clip": model.clip.source, "clip_sha256": model.clip.sha256,
-                     "checkpoint_sha256": checkpoint and sha256_of(checkpoint)}}
+                     "clip_sha256": model.clip.sha256 if stage != "distill" else None,
+                     "checkpoint_sha256": sha256_of(checkpoint) if stage != "clip" else None}}
     with written_atomically(out / f"eval_{stage}.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1))
-    kinds = ["query"] if stage == "clip" else ["query", "rectified"]
-    draw_examples(model, dataset, kinds, facts.palette, denoise, args.device).save(out / f"eval_{stage}.png")
+    draw_examples([*others, (model, stage)], dataset, facts.palette, denoise, args.device).save(out / f"eval_{stage}.png")
     return result
 
 
 @torch.no_grad()
-def draw_examples(model, dataset, kinds, palette, denoise, device, count=6):
-    """The first `count` pictures of a split with their truth and masks: not chosen, so not the best ones."""
+def draw_examples(columns, dataset, palette, denoise, device, count=6):
+    """The first `count` pictures of a split with their truth and the masks of each (model, stage): not chosen, so not
+    the best ones."""
     rows = []
     for picture, label, _ in (dataset[i] for i in range(min(count, len(dataset)))):
-        logits = model(picture[None].to(device))
-        masks = [segment(getattr(logits, kind), model.clip.to_pixels, picture.shape[1:], label.shape, denoise).cpu()
-                 for kind in kinds]
+        masks = [segment(getattr(model(picture[None].to(device)), STAGES[stage][0]), model.to_pixels,
+                         picture.shape[1:], label.shape, denoise).cpu() for model, stage in columns]
         rows.append([to_image(picture), *(colour_mask(mask, palette) for mask in [label, *masks])])
-    titles = ["picture", "truth", *({"query": "CLIP", "rectified": "rectified"}[kind] for kind in kinds)]
-    return draw_grid(rows, titles, model.class_names, palette)
+    titles = ["picture", "truth", *(STAGES[stage][1] for _, stage in columns)]
+    return draw_grid(rows, titles, columns[0][0].class_names, palette)
 
 
 def parse(argv):
@@ -225,34 +224,47 @@ def parse(argv):
     add("--root", default="data", help="folder that holds VOCdevkit/ (default: data)")
     add("--download", action="store_true", help="fetch the data set if it is missing")
     add("--clip", help="'ViT-B/16' or a weights file (default: the data set's)")
-    add("--checkpoint", help="rectification to evaluate (default: <out>/rectify.pt)")
+    add("--checkpoint", help="file to evaluate (default: <out>/<stage>.pt)")
     add("--out", help="where checkpoints are and results go (default: runs/<data>)")
     add("--device", default=best_device(), help="cpu, cuda, mps (default: the best there is)")
     add("--denoise", type=float, help="drop classes whose best probability is below; 0: off (default: as released)")
     args = parser.parse_args(argv)
     args.out = args.out or f"runs/{args.data}"
+    check(args)
     return args
+
+
+def check(args):
+    """What argparse cannot see; train.py has the same three options."""
+    if args.split not in DATA[args.data].splits:
+        raise ValueError(f"--split {args.split}: {args.data} has {', '.join(DATA[args.data].splits)}")
+    if args.denoise is not None and not 0 <= args.denoise <= 1:
+        raise ValueError(f"--denoise {args.denoise}: a probability between 0 and 1")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} is not available here ({str(error).splitlines()[0]})") from None
 
 
 def main(argv=None):
     args = parse(argv)
-    facts = DATA[args.data]
-    if args.split not in facts.splits:
-        raise ValueError(f"--split {args.split}: {args.data} has {', '.join(facts.splits)}")
+    facts, out = DATA[args.data], Path(args.out)
+    others = []
     if args.stage == "clip":
-        clip = load_clip(args.clip or facts.clip, args.device)
-        model, path = ReCLIP(clip, facts.classes, prompts=facts.prompts or PROMPTS).eval(), None
-    else:
-        path = args.checkpoint or Path(args.out) / "rectify.pt"
+        model = ReCLIP(load_clip(args.clip or facts.clip, args.device), facts.classes, prompts=facts.prompts or PROMPTS)
+    elif args.stage == "rectify":
         clip = load_clip(args.clip, args.device) if args.clip else None
-        model = ReCLIP.load(path, clip, args.device)
-        if model.class_names != facts.classes:
-            raise ValueError(f"{path} was learnt for other classes than {args.data}'s: {', '.join(model.class_names)}")
-    evaluate_stage(args, model, args.stage, Path(args.out), path)
+        model = ReCLIP.load(args.checkpoint or out / "rectify.pt", clip, args.device)
+        others = [(model, "clip")]
+    else:
+        model = DeepLabV2.load(args.checkpoint or out / "distill.pt", args.device)
+    if tuple(model.class_names) != facts.classes:
+        raise ValueError(f"the checkpoint was made for other classes than {args.data}'s: {', '.join(model.class_names)}")
+    evaluate_stage(args, model.eval(), args.stage, out, others, args.checkpoint)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (FileNotFoundError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")

@@ -1,4 +1,4 @@
-"""ReCLIP's rectification (Sec. 3.1-3.4): CLIP's two biases, learnt without labels and subtracted.
+"""ReCLIP (Sec. 3): CLIP's two biases, learnt without labels and subtracted; then the losses of its student.
 
 What stands here, in the paper's order
     PROMPTS, query_text_features    Sec. 3.1   W_q, the frozen classifier
@@ -8,10 +8,12 @@ What stands here, in the paper's order
     gumbel_softmax_masks            Eq. (4)    differentiable hard masks
     image_level_labels              Sec. 3.4   which classes does the picture hold?
     masked_features, contrastive_loss  Eq. (5)
-    ReCLIP                          all of it as one module, with save and load
+    ReCLIP                          all of that as one module, with save and load
+    mask_guided_loss, feature_guided_loss, text_guided_loss, distillation_loss   Eq. (6), (7), Sec. 3.5, Eq. (8)
 
 Symbols
-    B pictures, C classes, D joint width of CLIP; H x W pixels, h x w patches, n = h*w; L prompt vectors
+    B pictures, C classes, D joint width of CLIP; H x W pixels, h x w patches, n = h*w
+    L prompt vectors, E width of CLIP's transformers
     Z    features            (B, D, h, w)  CLIP's patch features, each of length 1
     W_q  query text features (C, D)        W_r  reference text features (C, D)
     M_q  query_logits, M_r reference_logits, M_p positional_logits, M rectified_logits: (B, C, h, w)
@@ -21,7 +23,7 @@ Copied elsewhere (with clip_model.py), it is used like this:
     model = ReCLIP(load_clip("ViT-B/16"), ["cat", "dog", "grass"])   # pictures in [0, 1], (B, 3, H, W)
     labels = model.image_labels(thumbnails, threshold=23, top_k=2)   # thumbnails (B, 3, 224, 224)
     loss = model.loss(model.features(pictures), labels); loss.backward()
-    masks = model(pictures).rectified.argmax(1)                      # (B, h, w)
+    masks = model.eval()(pictures).rectified.argmax(1)               # (B, h, w)
 
 Where the paper and its authors' released code differ, a comment says so and a named argument offers both.
 """
@@ -31,6 +33,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from clip_model import load_clip, normalise, show, written_atomically
 
@@ -88,10 +91,11 @@ class ReferencePrompt(nn.Module):
         # names off. We shorten the prompt instead, so that the longest name fits.
         length = min(length, clip.context_length - 2 - max(map(len, self.names)))
         if length < 1:
-            raise ValueError(f"a class name is too long for this CLIP's {clip.context_length} tokens")
+            raise ValueError(f"no room for a prompt: of this CLIP's {clip.context_length} tokens the longest class name "
+                             f"needs {max(map(len, self.names))}, or prompt_length is negative")
         # Released: all vectors start as the embedding of token 0 ("!"). They leave each other because each
         # stands at another place of the text.
-        self.vectors = nn.Parameter(clip.token_embedding.weight[0].detach().repeat(length, 1))  # (L, W)
+        self.vectors = nn.Parameter(clip.token_embedding.weight[0].detach().repeat(length, 1))  # (L, E)
         self.norm = norm
 
     def forward(self, clip):
@@ -103,15 +107,15 @@ class ReferencePrompt(nn.Module):
 
 class PositionalBias(nn.Module):
     """Sec. 3.3: three 3x3 convolutions, each with batch norm, over CLIP's positional embedding:
-    (1, W, h, w) -> M_p (1, channels, h, w), the same for all pictures of one size.
+    (1, E, h, w) -> M_p (1, channels, h, w), the same for all pictures of one size.
 
     channels: the paper has one, shared by all classes (Eq. 2). A logit that all classes share cancels in
         every softmax and argmax over classes: it can change no mask and receives no gradient. The released
         code has C, one a class, and so do we by default; 1 is offered as the paper's text.
     last_relu: released: a ReLU behind the last batch norm too, hence M_p >= 0. The paper does not say.
     gain: fixed factor on the output (ours; 1 is the paper's). Behind a batch norm M_p starts with a spread of
-        about 1 against cosines that differ by .05 to .2, which a short run cannot recover from; a small
-        factor makes it start small and, as gradients carry it too, move calmly.
+        about 1, while the cosines of different classes differ by far less: a short run cannot recover from that.
+        A small factor makes it start small and, as gradients carry it too, move calmly.
     """
 
     def __init__(self, width, channels, last_relu=True, gain=1.0):
@@ -263,6 +267,10 @@ class ReCLIP(nn.Module):
     def forward(self, pictures):
         return self.rectify(self.features(pictures))
 
+    def to_pixels(self, grid, height, width):
+        """(B, C, h, w) on patches -> (B, C, height, width) on pixels"""
+        return self.clip.to_pixels(grid, height, width)
+
     @torch.no_grad()
     def image_similarity(self, thumbnails):
         """100 cos between whole pictures and W_q: (B, 3, R, R) in [0, 1] at CLIP's own resolution -> (B, C).
@@ -285,10 +293,10 @@ class ReCLIP(nn.Module):
         """The prompt vectors, the positional net and W_q (kept so that loading needs no 85 x C texts)."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("clip.")}
 
-    def save(self, path, **more):
+    def save(self, path):
         """What was learnt, with class names, settings and CLIP's identity, in one file, written atomically."""
         content = {"learnt": self.learnt(), "class_names": list(self.class_names), "settings": self.settings,
-                   "clip": {"source": self.clip.source, "sha256": self.clip.sha256}, **more}
+                   "clip": {"source": self.clip.source, "sha256": self.clip.sha256}}
         with written_atomically(path) as temporary:
             torch.save(content, temporary)
 
@@ -316,6 +324,79 @@ class ReCLIP(nn.Module):
         return model.to(device).eval()
 
 
+# --- Sec. 3.5: distillation --------------------------------------------------------------------------------
+
+# The student is any module with .features, .rectify and .to_pixels (deeplab.py).
+
+
+def sum_in_pieces(function, *tensors):
+    """Sum of function(*piece) over pieces of the tensors (iterables of equal length), exactly, one piece in memory.
+
+    Eq. 6 and 7 speak of maps at the picture's size: at 512 x 512 the features alone are 512 x 262,144 numbers a
+    picture, twice. Their loss is a sum over pictures or channels, so each piece is enlarged, reduced
+    to a number and forgotten; backward enlarges it once more instead of keeping it.
+    """
+    return sum(checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False) for piece in zip(*tensors))
+
+
+def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels):
+    """Eq. (6): cross-entropy at the picture's size, mean over all pixels. Student's M^D on its grid (B, C, h, w),
+    the teacher's masks (B, H, W) int64 -> scalar; to_pixels is the student's.
+
+    tau: the logits are cosines; as in Eq. (5) a temperature makes probabilities of them (Eq. 6 prints none).
+    """
+    def one(logits, labels):  # (1, C, h, w), (1, H, W)
+        return F.cross_entropy(to_pixels(logits / tau, *labels.shape[1:]), labels, reduction="sum")
+
+    return sum_in_pieces(one, student_logits.split(1), pseudo_labels.split(1)) / pseudo_labels.numel()
+
+
+def feature_guided_loss(Z, Z_student, size, to_pixels, student_to_pixels, piece=2 ** 25):
+    """Eq. (7): L1 between Z (B, D, h, w) of the teacher and Z^ (B, D, h', w') of the student, both enlarged to the
+    picture's size (H, W) by their own to_pixels. Norm over the D features of a pixel, mean over pixels: the paper
+    does not say, but the mean over D too would make this term D times weaker, next to nothing beside Eq. 6.
+
+    piece: elements of one enlarged map in memory at once; the channels go through in groups of that size.
+    """
+    def one(z, z_student):  # (B, channels, h, w), (B, channels, h', w')
+        return (to_pixels(z, *size) - student_to_pixels(z_student, *size)).abs().sum()
+
+    B, (H, W) = len(Z), size
+    channels = max(1, piece // (B * H * W))
+    return sum_in_pieces(one, Z.split(channels, 1), Z_student.split(channels, 1)) / (B * H * W)
+
+
+def text_guided_loss(student_logits, Z_student, W_q, labels, tau_1, tau, pool="global"):
+    """Sec. 3.5: Eq. (4, 5) with the student's features (B, D, h, w) and the masks of its own logits (B, C, h, w);
+    labels (B, C) bool -> scalar. (Released: the teacher's masks, and no gradient to the student.)"""
+    with torch.autocast(Z_student.device.type, enabled=False):  # bf16 is too coarse for S / tau
+        masks = gumbel_softmax_masks(student_logits, tau_1)
+        return contrastive_loss(masked_features(Z_student, masks, pool), W_q, labels, tau)
+
+
+def distillation_loss(teacher, student, pictures, labels, *, mask_tau=None, alpha=0.5, beta=0.5):
+    """Eq. (8): L_mask + alpha L_feat + beta L_text. teacher: a ReCLIP in eval mode; student: a DeepLabV2; the same
+    pictures (B, 3, H, W) in [0, 1] for both, each normalises them its own way; image-level labels (B, C) bool.
+
+    alpha, beta: 0 leaves a term out (Table 7). mask_tau: temperature of Eq. (6), None for that of Eq. (5).
+    """
+    if teacher.training:
+        raise ValueError("the teacher must be in eval mode: its batch norms would learn from the student's pictures")
+    size = pictures.shape[2:]
+    with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
+        guide = teacher(pictures)
+        pseudo_labels = teacher.to_pixels(guide.rectified, *size).argmax(1)  # (B, H, W): all pixels, no truth
+    own = student(pictures)
+    loss = mask_guided_loss(own.rectified, pseudo_labels, mask_tau or teacher.tau, student.to_pixels)
+    if alpha:
+        loss = loss + alpha * feature_guided_loss(guide.features, own.features, size, teacher.to_pixels,
+                                                  student.to_pixels)
+    if beta:
+        loss = loss + beta * text_guided_loss(own.rectified, own.features, teacher.W_q, labels, teacher.tau_1,
+                                              teacher.tau, teacher.pool)
+    return loss
+
+
 # --- A guided tour ------------------------------------------------------------------------------------------
 
 def tour():
@@ -323,14 +404,15 @@ def tour():
     from datasets import DATA, open_split  # for the tour alone; the module does not need it
     torch.manual_seed(0)
     facts, split = DATA["shapes"], open_split("shapes", None, "train")
-    model = ReCLIP(load_clip(facts.clip), facts.classes, prompts=facts.prompts, positional_gain=0.1).train()
+    model = ReCLIP(load_clip(facts.clip), facts.classes, prompts=facts.prompts, positional_gain=0.05,
+                   tau_1=0.033, tau=0.033).train()  # as train.py sets them for shapes
     picture = split.picture(0)[None].float() / 255
     print(f"The picture holds {', '.join(facts.classes[c] for c in split.label(0).unique() if c < 255)}.")
     show("picture", picture, "I          (B, 3, H, W)")
     logits = model(picture)
     similarity = model.image_similarity(picture)
-    labels = image_level_labels(similarity, threshold=40, top_k=2)
-    masks = gumbel_softmax_masks(logits.rectified, tau_1=0.03)
+    labels = image_level_labels(similarity, threshold=50, top_k=1)
+    masks = gumbel_softmax_masks(logits.rectified, model.tau_1)
     pooled = masked_features(logits.features, masks)
     show("features", logits.features, "Z          (B, D, h, w)  Sec. 3.1, each patch of length 1")
     show("W_q", model.W_q, "W_q        (C, D)        Sec. 3.1, mean over prompts")

@@ -5,18 +5,18 @@
     python train.py --stage pretrain                         the tiny CLIP behind shapes, from scratch
 
 What stands here
-    Settings, SETTINGS     every hyper-parameter with its source, one instance a data set
+    Settings, SETTINGS     every hyper-parameter of the paper with its source, one instance a data set
     fit                    the loop: step, log, save, resume
-    image_labels           pseudo-labels of all training pictures (Sec. 3.4), computed once, cached by name
-    rectify                stage 1 of the paper
+    label_training_set     pseudo-labels of all training pictures (Sec. 3.4), computed once, cached by name
+    rectify, distill       stages 1 and 2 of the paper
     pretrain               contrastive pre-training of the tiny CLIP (ours; not in the paper)
-    run_all                everything for shapes, ending in a small Table 4
+    run_all, run_paper     everything, ending in small Tables 2 and 4; ablations with controls over several seeds
 
-No label is read here: TrainingStream and Thumbnails yield pictures and names only.
+Nothing that learns reads a label: TrainingStream and Thumbnails yield pictures and names only. The stages `all` and
+`paper` read labels to evaluate, through eval.py.
 """
 
 import argparse
-import copy
 import csv
 import dataclasses
 import json
@@ -33,8 +33,9 @@ from torch.utils.data import DataLoader
 from clip_model import CLIP, Tokenizer, load_clip, normalise, written_atomically
 from datasets import (DATA, Augment, Evaluation, Thumbnails, TrainingStream, open_split, shapes_words, web_mosaics,
                       web_scenes)
-from eval import Progress, best_device, evaluate, evaluate_stage, scores
-from reclip import PROMPTS, ReCLIP
+from deeplab import DeepLabV2
+from eval import Progress, best_device, check, evaluate, evaluate_stage, scores
+from reclip import PROMPTS, ReCLIP, distillation_loss
 
 
 # --- Hyper-parameters ---------------------------------------------------------------------------------------
@@ -64,18 +65,39 @@ class Settings:
     tau_1: float = option(0.001, "temperature of the Gumbel-softmax, Eq. 4 (released)")
     tau: float = option(None, "temperature of Eq. 5; if not given, 1 / CLIP's logit scale (released)")
     pool: str = option("global", "pooling of masked features: global (Sec. 3.4) or mask")
+    # Distillation, Sec. 3.5
+    student: str = option("resnet101", "backbone of DeepLab V2: resnet101 (ours), resnet50 (released), tiny (shapes)")
+    head: str = option("query_reference", "Table 6: original, query, query_reference, query_reference_positional")
+    backbone_weights: str = option("imagenet", "start of the backbone: imagenet, a file, or none")
+    distill_epochs: int = option(100, "epochs of distillation (released)")
+    distill_batch: int = option(16, "pictures a step (released)")
+    distill_lr: float = option(0.01, "learning rate of SGD (Sec. 4.1), poly over all epochs")
+    distill_lr_floor: float = option(1e-4, "the learning rate never falls below (released)")
+    distill_crop: int = option(512, "side of the crop and short side before it, pixels (released); 0: whole pictures (ours)")
+    mask_tau: float = option(None, "temperature of Eq. 6; if not given, that of Eq. 5 (ours, the paper prints none)")
+    alpha: float = option(0.5, "weight of the feature-guided loss, Eq. 8; 0: none (Sec. 3.5)")
+    beta: float = option(0.5, "weight of the text-guided loss, Eq. 8; 0: none (Sec. 3.5)")
     # Pictures, Sec. 4.1
     long_side: int = option(2048, "limit of the longer side when resizing for training, pixels (released)")
-    crop: int = option(336, "side of the training crop, pixels; 0: whole pictures, all of one size (released)")
+    crop: int = option(336, "side of the training crop, pixels (released); 0: whole pictures, all of one size (ours)")
     flip: bool = option(True, "random horizontal flip (Sec. 4.1)")
     photometric: bool = option(True, "random brightness, contrast, saturation, hue (released)")
+
+
+    def __post_init__(self):
+        positive = ("rectify_epochs", "rectify_poly_epochs", "rectify_batch", "top_k", "lr", "tau_1", "tau", "mask_tau",
+                    "distill_epochs", "distill_batch", "distill_lr")
+        for name in positive:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
 
 
 SETTINGS = {
     "voc": Settings(),
     # All ours, chosen on shapes' val split. The tiny CLIP's cosines differ by .2, not .02: hence its temperatures.
     "shapes": Settings(rectify_epochs=20, rectify_poly_epochs=20, rectify_batch=32, lr=0.2, threshold=50.0, top_k=1,
-                       positional_gain=0.05, tau_1=0.033, tau=0.033, crop=0, flip=False, photometric=False),
+                       positional_gain=0.05, tau_1=0.033, tau=0.033, crop=0, flip=False, photometric=False,
+                       student="tiny", backbone_weights="none", distill_epochs=10, distill_lr=0.1, distill_crop=0),
 }
 
 
@@ -87,7 +109,7 @@ def poly(lr, power, horizon):
 
 
 def fit(stage, *, out, modules, optimiser, loss_of, batches, lr_of, steps, seed, identity, resume=False,
-        save=None, save_every=1000, max_norm=None, batch_size=1):
+        save=None, save_every=1000, max_norm=math.inf, batch_size=1):
     """Runs steps first..steps-1, where first is 0 or, with resume, what <out>/<stage>_state.pt says.
 
     modules: {name: module} that learn (or, like an average, follow); their states are what is resumed.
@@ -98,6 +120,9 @@ def fit(stage, *, out, modules, optimiser, loss_of, batches, lr_of, steps, seed,
     """
     state_path, log_path = out / f"{stage}_state.pt", out / f"{stage}_log.csv"
     first = read_training_state(state_path, modules, optimiser, identity) if resume else 0
+    if first and save:
+        save()  # a kill may have fallen between the state and what follows from it
+    saved, parameters = first, [p for group in optimiser.param_groups for p in group["params"]]
     rows = list(csv.reader(log_path.open()))[1:first + 1] if first and log_path.exists() else []
     out.mkdir(parents=True, exist_ok=True)
     progress = Progress(stage, steps, first, per_step=batch_size)
@@ -107,18 +132,18 @@ def fit(stage, *, out, modules, optimiser, loss_of, batches, lr_of, steps, seed,
         log.writerows([["step", "loss", "lr"], *rows])
         for step in range(first, steps):
             batch, names = next(iterator)
-            torch.manual_seed(seed * 1_000_003 + step)  # Gumbel noise and whatever else a step draws
+            torch.manual_seed((seed + 1) * 7_368_787 + step)  # Gumbel noise; apart from the stream's own seeds
             for group in optimiser.param_groups:
                 group["lr"] = lr_of(step)
             loss = loss_of(batch)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise ValueError(f"the loss is {value} at step {step} on {', '.join(names)}; nothing of this step was "
-                                 f"kept, {state_path} holds the last good state: try a smaller --lr")
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            if max_norm:
-                nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], max_norm)
+            norm = nn.utils.clip_grad_norm_(parameters, max_norm)  # infinity: measured only
+            value = loss.item()
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                kept = f"{state_path} holds step {saved}" if saved else "nothing had been saved yet"
+                raise ValueError(f"the loss is {value}, its gradient's norm {norm:.3g}, at step {step} on "
+                                 f"{', '.join(names)}; the step was not taken, {kept}: try a smaller learning rate")
             optimiser.step()
             log.writerow([step, f"{value:.6g}", f"{lr_of(step):.6g}"])
             progress(step + 1, f"loss {value:.4f}  lr {lr_of(step):.2e}  ")
@@ -127,6 +152,7 @@ def fit(stage, *, out, modules, optimiser, loss_of, batches, lr_of, steps, seed,
                 with written_atomically(state_path) as temporary:
                     torch.save({"step": step + 1, "identity": identity, "optimiser": optimiser.state_dict(),
                                 "modules": {name: m.state_dict() for name, m in modules.items()}}, temporary)
+                saved = step + 1
                 if save:
                     save()
 
@@ -139,7 +165,7 @@ def read_training_state(path, modules, optimiser, identity):
         state = torch.load(path, map_location="cpu", weights_only=True)
         known = state["identity"]
     except Exception as error:
-        raise ValueError(f"{path} is not a training state, or is truncated: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a training state, or is truncated: {' '.join(str(error).split())[:200]}") from error
     changed = [f"{key} was {known.get(key)!r}, now {value!r}" for key, value in identity.items()
                if known.get(key) != value]
     if changed:
@@ -152,16 +178,18 @@ def read_training_state(path, modules, optimiser, identity):
 
 # --- Stage 1: rectification ---------------------------------------------------------------------------------
 
-def image_labels(model, split, args, s, identity, path):
-    """Sec. 3.4's image-level pseudo-labels of the whole training set: {name: tuple of class indices}.
+def label_training_set(model, split, args, s, identity, path):
+    """Sec. 3.4's image-level pseudo-labels of the whole training set: {name: list of class indices}.
 
     They come from CLIP alone and never change, so they are computed once and kept in `path`, by picture name
     (the released code pairs them by line number with an unsorted directory listing).
     """
-    if path.is_file():
+    try:
         content = json.loads(path.read_text())
         if content["identity"] == identity and set(content["labels"]) == set(split.names):
             return content["labels"]
+    except (FileNotFoundError, ValueError, KeyError):
+        pass  # none yet, or not ours: computed (again)
     labels, loader = {}, DataLoader(Thumbnails(split, model.clip.input_resolution), 32, num_workers=args.workers)
     progress = Progress("image-level labels", len(split))
     for thumbnails, names in loader:
@@ -171,6 +199,29 @@ def image_labels(model, split, args, s, identity, path):
     with written_atomically(path) as temporary:
         temporary.write_text(json.dumps({"identity": identity, "labels": labels}))
     return labels
+
+
+def origin_of(args, s, clip):
+    """What pseudo-labels depend on; kept beside them, and in the identity of a run."""
+    facts = DATA[args.data]
+    return {"data": args.data, "classes": list(facts.classes), "prompts": list(facts.prompts or PROMPTS),
+            "clip": clip.sha256, "threshold": s.threshold, "top_k": s.top_k}
+
+
+def resumable(args, out, stage):
+    """With --resume, a stage of its own insists on a state to go on from; of the parts of `all` and `paper`, those
+    that were not reached begin anew."""
+    return args.resume and (args.stage not in ("all", "paper") or (out / f"{stage}_state.pt").is_file())
+
+
+def labelled_batches(args, stream, labels, classes, size, first, steps):
+    """Batches first .. steps - 1 of the stream: ((pictures (B, 3, H, W), image-level labels (B, C) bool), names)"""
+    sampler = range(first * size, steps * size)
+    for pictures, names in DataLoader(stream, size, sampler=sampler, num_workers=args.workers):
+        present = torch.zeros(len(names), classes, dtype=torch.bool)  # (B, C)
+        for row, name in zip(present, names):
+            row[labels[name]] = True
+        yield (pictures.to(args.device), present.to(args.device)), names
 
 
 def rectify(args, out, prepare=None, shuffle=False, **changes):
@@ -187,9 +238,8 @@ def rectify(args, out, prepare=None, shuffle=False, **changes):
     if prepare:
         prepare(model)
     split = open_split(args.data, args.root, "train", args.download)
-    origin = {"data": args.data, "classes": list(facts.classes), "clip": model.clip.sha256,
-              "threshold": s.threshold, "top_k": s.top_k}
-    labels = image_labels(model, split, args, s, origin, out / "image_labels.json")
+    origin = origin_of(args, s, model.clip)
+    labels = label_training_set(model, split, args, s, origin, out / "image_labels.json")
     if shuffle:
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(args.seed)).tolist()
         labels = {name: labels[split.names[i]] for name, i in zip(split.names, order)}
@@ -203,24 +253,65 @@ def rectify(args, out, prepare=None, shuffle=False, **changes):
         known |= zip(names, model.features(pictures.to(args.device)))
 
     def batches(first):
-        sampler = range(first * s.rectify_batch, steps * s.rectify_batch)
-        for pictures, names in DataLoader(stream, s.rectify_batch, sampler=sampler, num_workers=args.workers):
-            Z = torch.stack([known[n] for n in names]) if fixed else model.features(pictures.to(args.device))
-            present = torch.zeros(len(names), len(facts.classes), dtype=torch.bool)  # (B, C)
-            for row, name in zip(present, names):
-                row[labels[name]] = True
-            yield (Z, present.to(args.device)), names
+        for (pictures, present), names in labelled_batches(args, stream, labels, len(facts.classes), s.rectify_batch,
+                                                           first, steps):
+            yield (torch.stack([known[n] for n in names]) if fixed else model.features(pictures), present), names
 
     lr = poly(s.lr, s.poly_power, s.rectify_poly_epochs)
     learnable = {name: m for name, m in (("reference", model.reference), ("positional", model.positional)) if m}
+    if not learnable:
+        raise ValueError("nothing to learn: --prompt_length and --positional_channels are both 0")
     optimiser = torch.optim.SGD([p for m in learnable.values() for p in m.parameters()], s.lr, s.momentum,
                                 weight_decay=s.weight_decay)
     fit("rectify", out=out, modules=learnable, optimiser=optimiser, loss_of=lambda batch: model.loss(*batch),
         batches=batches, lr_of=lambda step: lr(step * s.rectify_batch // len(split)), steps=steps, seed=args.seed,
-        identity=origin | dataclasses.asdict(s) | {"seed": args.seed}, resume=args.resume,
+        identity=origin | dataclasses.asdict(s) | {"seed": args.seed, "pictures": len(split)},
+        resume=resumable(args, out, "rectify"),
         save=lambda: model.save(out / "rectify.pt"), save_every=math.ceil(len(split) / s.rectify_batch),
         batch_size=s.rectify_batch)
     return model.eval()
+
+
+# --- Stage 2: distillation -----------------------------------------------------------------------------------
+
+
+def distill(args, out, **changes):
+    """Sec. 3.5: the rectified CLIP of <out>/rectify.pt, frozen, teaches DeepLab V2; writes <out>/distill.pt.
+    -> DeepLabV2, eval mode. changes: settings to replace, for ablations."""
+    s, facts = dataclasses.replace(args.settings, **changes), DATA[args.data]
+    teacher = ReCLIP.load(args.teacher or out / "rectify.pt", device=args.device)
+    if teacher.class_names != facts.classes:
+        raise ValueError(f"{args.teacher or out / 'rectify.pt'} was learnt for other classes than {args.data}'s: "
+                         f"{', '.join(teacher.class_names)}")
+    torch.manual_seed(args.seed)
+    with torch.no_grad():
+        W_r = teacher.reference(teacher.clip)                                                       # (C, D)
+        h = teacher.clip.visual.grid
+        M_p = teacher.positional(teacher.clip.visual.positional_grid(h, h)) if s.head.endswith("positional") else None
+    student = DeepLabV2(teacher.class_names, teacher.W_q, W_r, M_p=M_p, student=s.student, head=s.head,
+                        backbone_weights=None if s.backbone_weights == "none" else s.backbone_weights).train()
+    split = open_split(args.data, args.root, "train", args.download)
+    origin = origin_of(args, s, teacher.clip)
+    labels = label_training_set(teacher, split, args, s, origin, out / "image_labels.json")
+    stream = TrainingStream(split, Augment(s.long_side, s.distill_crop, s.distill_crop, flip=s.flip,
+                                           photometric=s.photometric), args.seed)
+    steps = math.ceil(s.distill_epochs * len(split) / s.distill_batch)
+    lr = poly(s.distill_lr, s.poly_power, s.distill_epochs)
+    optimiser = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], s.distill_lr, s.momentum,
+                                weight_decay=s.weight_decay)
+
+    def loss_of(batch):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device.startswith("cuda")):
+            return distillation_loss(teacher, student, *batch, mask_tau=s.mask_tau, alpha=s.alpha, beta=s.beta)
+
+    fit("distill", out=out, modules={"student": student}, optimiser=optimiser, loss_of=loss_of,
+        batches=lambda first: labelled_batches(args, stream, labels, len(facts.classes), s.distill_batch, first, steps),
+        lr_of=lambda step: max(lr(step * s.distill_batch // len(split)), s.distill_lr_floor), steps=steps, seed=args.seed,
+        identity=origin | dataclasses.asdict(s) | {"seed": args.seed, "pictures": len(split)},
+        resume=resumable(args, out, "distill"),
+        save=lambda: student.save(out / "distill.pt"), save_every=math.ceil(len(split) / s.distill_batch),
+        batch_size=s.distill_batch)
+    return student.eval()
 
 
 # --- Before stage 1: the tiny CLIP of shapes (ours; the paper starts from OpenAI's weights) -----------------
@@ -336,15 +427,17 @@ def pretrain(args, out):
 # --- Command line -------------------------------------------------------------------------------------------
 
 def run_all(args, out):
-    """Rectification with and without the positional net, and a small Table 4."""
-    reference_only = rectify(args, out / "reference_only", positional_channels=0)
+    """Both stages and a table in the form of the paper's Tables 2 and 4."""
+    plain = rectify(args, out / "reference_only", positional_channels=0)
     model = rectify(args, out)
-    rows = [("MaskCLIP (Query only)", model, "clip", out),
-            ("+ Reference", reference_only, "rectify", out / "reference_only"),
-            ("+ Reference + positional", model, "rectify", out)]
-    results = [(name, evaluate_stage(args, m, stage, folder)["miou"]) for name, m, stage, folder in rows]
+    student = distill(args, out)
+    rows = [("MaskCLIP (Query only)", model, "clip", out, []),
+            ("+ Reference", plain, "rectify", out / "reference_only", []),
+            ("+ Reference + positional", model, "rectify", out, [(model, "clip")]),
+            ("distilled", student, "distill", out, [(model, "clip"), (model, "rectify")])]
+    results = [(name, evaluate_stage(args, *rest)["miou"]) for name, *rest in rows]
     print(f"\n{args.data} {args.split}, mIoU" + "".join(f"\n  {name:<28}{100 * miou:5.1f}" for name, miou in results))
-    print(f"masks: {out / 'eval_rectify.png'}")
+    print(f"masks: {out / 'eval_distill.png'}")
 
 
 class ClassNumbers(nn.Module):
@@ -368,47 +461,58 @@ def mean_logits(args, model):
 
 
 def run_paper(args, out):
-    """Table 4 over several seeds, with the controls that tell how much of a gain is the method's: the paper's
+    """Table 4, 6 and 7 over several seeds, with the controls that tell how much of a gain is the method's: the paper's
     one-channel positional net (which cancels: the noise floor), one learnt number a class, subtraction of the
     mean logit, and training on the image-level labels of other pictures."""
     def numbers(model):
         model.positional = ClassNumbers(torch.zeros(len(model.class_names), device=args.device))
 
-    variants = {
+    rectified = {
         "+ Reference": dict(positional_channels=0),
         "+ positional": dict(prompt_length=0),
         "+ Reference + positional": dict(),
         "+ Reference + positional, 1 channel": dict(positional_channels=1),
+        # one number receives the gradients of all positions at once: at the full learning rate it never settles
         "control: one number a class": dict(prompt_length=0, prepare=numbers, lr=0.01 * args.settings.lr),
         "control: labels of other pictures": dict(shuffle=True),
+    }
+    distilled = {
+        "distilled: mask loss (Table 7)": dict(alpha=0.0, beta=0.0),
+        "distilled: mask + feature (Table 7)": dict(beta=0.0),
+        "distilled: mask + feature + text (Tables 6, 7)": dict(),
+        "distilled: original head (Table 6)": dict(head="original"),
+        "distilled: Query head (Table 6)": dict(head="query"),
+        "distilled: Query, Reference, positional (Table 6)": dict(head="query_reference_positional"),
     }
     facts = DATA[args.data]
     dataset = Evaluation(open_split(args.data, args.root, args.split), facts.short_side)
 
     def miou(model, kind="rectified"):
-        confusion = evaluate(lambda x: getattr(model(x), kind), model.clip.to_pixels, dataset, len(facts.classes),
+        confusion = evaluate(lambda x: getattr(model(x), kind), model.to_pixels, dataset, len(facts.classes),
                              facts.denoise, args.device)
         return scores(confusion)["miou"]
 
-    results = {}  # row -> mIoU of each seed
-    for args.seed in range(args.seeds):
-        for row, (name, changes) in enumerate(variants.items()):
-            model = rectify(args, out / "paper" / f"seed{args.seed}_row{row}", **changes)
-            results.setdefault(name, []).append(miou(model))
-    model.positional, model.reference = ClassNumbers(mean_logits(args, model)), None
-    results = {"MaskCLIP (Query only)": [miou(model, "query")], **results,
-               "control: minus the mean logit": [miou(model.train().eval())]}
-    with written_atomically(out / "paper" / "table4.csv") as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([["row", *(f"seed {s}" for s in range(args.seeds))],
+    plain = ReCLIP(load_clip(args.clip, args.device), facts.classes, prompts=facts.prompts or PROMPTS, prompt_length=0)
+    plain.positional = ClassNumbers(mean_logits(args, plain))
+    results = {"MaskCLIP (Query only)": [miou(plain.eval(), "query")] * args.seeds,
+               "control: minus the mean logit": [miou(plain)] * args.seeds}  # nothing random in these two
+    for seed in range(args.seeds):
+        run = argparse.Namespace(**{**vars(args), "seed": seed})
+        folders = {name: out / "paper" / f"seed{seed}" / f"row{row}" for row, name in enumerate(rectified | distilled)}
+        run.teacher = folders["+ Reference + positional"] / "rectify.pt"
+        for train_stage, rows in ((rectify, rectified), (distill, distilled)):
+            for name, changes in rows.items():
+                results.setdefault(name, []).append(miou(train_stage(run, folders[name], **changes)))
+    with written_atomically(out / "paper" / "tables.csv") as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([["mIoU", *(f"seed {s}" for s in range(args.seeds))],
                                     *([name, *values] for name, values in results.items())])
-    print(f"\n{args.data} {args.split}, {model.clip.source}: mIoU, mean (least .. most) of {args.seeds} seeds")
+    print(f"\n{args.data} {args.split}, {args.clip}: mIoU, mean (least .. most) of {args.seeds} seeds")
     for name, values in results.items():
         values = [100 * value for value in values]
-        spread = f" ({min(values):.1f} .. {max(values):.1f})" if len(values) > 1 else ""
-        print(f"  {name:<38}{sum(values) / len(values):5.1f}{spread}")
+        print(f"  {name:<50}{sum(values) / len(values):5.1f} ({min(values):.1f} .. {max(values):.1f})")
 
 
-STAGES = {"all": run_all, "pretrain": pretrain, "rectify": rectify, "paper": run_paper}
+STAGES = {"all": run_all, "pretrain": pretrain, "rectify": rectify, "distill": distill, "paper": run_paper}
 
 
 def parse(argv=None):
@@ -419,6 +523,7 @@ def parse(argv=None):
     add("--root", default="data", help="folder that holds VOCdevkit/ (default: data)")
     add("--download", action="store_true", help="fetch the data set if it is missing")
     add("--clip", help="'ViT-B/16' or a weights file (default: the data set's)")
+    add("--teacher", help="rectification that --stage distill learns from (default: <out>/rectify.pt)")
     add("--out", help="where everything is written (default: runs/<data>)")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--device", default=best_device(), help="cpu, cuda, mps (default: the best there is)")
@@ -426,7 +531,7 @@ def parse(argv=None):
     add("--resume", action="store_true", help="go on where the same command was stopped")
     add("--split", help="what --stage all and paper evaluate on (default: test for shapes, else val)")
     add("--seeds", type=int, default=3, help="number of seeds of --stage paper (default: 3)")
-    add("--epochs", type=int, help="short for --<stage>_epochs")
+    add("--epochs", type=int, help="short for --rectify_epochs, with --stage distill for --distill_epochs")
     group = parser.add_argument_group("hyper-parameters", "defaults in brackets, by data set")
     for field in dataclasses.fields(Settings):
         values = {name: getattr(s, field.name) for name, s in SETTINGS.items()}
@@ -435,14 +540,21 @@ def parse(argv=None):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         group.add_argument(f"--{field.name}", help=f"{field.metadata['help']} [{shown}]", default=None, **kind)
     args = parser.parse_args(argv)
+    if args.stage == "pretrain" and (args.data != "shapes" or args.epochs):
+        raise ValueError("--stage pretrain makes the tiny CLIP of shapes, in the steps of PretrainSettings: it takes "
+                         "neither --data nor --epochs")
+    if args.seeds < 1:
+        raise ValueError(f"--seeds is {args.seeds}; it must be at least 1")
     changes = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if getattr(args, f.name) is not None}
     if args.epochs is not None:
-        changes["rectify_epochs"] = args.epochs
+        changes[f"{args.stage if args.stage == 'distill' else 'rectify'}_epochs"] = args.epochs
     args.settings = dataclasses.replace(SETTINGS[args.data], **changes)
     args.clip = args.clip or DATA[args.data].clip
     args.workers = args.workers if args.workers is not None else 4 if args.device.startswith("cuda") else 0
-    args.out, args.denoise = Path(args.out or f"runs/{args.data}"), None
-    args.split = args.split or DATA[args.data].splits[-1]
+    args.out = Path(args.out or f"runs/{args.data}")
+    args.denoise = None  # evaluate_stage: the data set's own
+    args.split = args.split or DATA[args.data].splits[-1]  # the last is the one that no choice was made on
+    check(args)
     return args
 
 
@@ -456,5 +568,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (FileNotFoundError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; the same command with --resume goes on from the last saved state")

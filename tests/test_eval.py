@@ -10,7 +10,7 @@ from PIL import Image
 
 import eval as evaluation
 from datasets import IGNORE
-from eval import colour_mask, confusion_matrix, denoise_logits, draw_grid, scores, segment
+from eval import colour_mask, confusion_matrix, strong_classes, draw_grid, scores, segment
 
 
 def test_confusion_matrix_by_hand():
@@ -42,10 +42,10 @@ def test_denoise_drops_weak_classes_only():
     logits[0, :, 0, 0] = torch.tensor([0.20, 0.28, 0.10])
     best = (100 * logits).softmax(1).amax((2, 3))[0]
     assert best[0] > 0.5 and best[1] > 0.9 and best[2] < 0.5
-    out = denoise_logits(logits, 0.5)
-    assert torch.equal(out[:, :2], logits[:, :2]) and (out[:, 2] == -math.inf).all()
+    assert strong_classes(logits, 0.5).tolist() == [0, 1]
     flat = torch.zeros(1, 3, 2, 2)
-    assert torch.equal(denoise_logits(flat, 0.5), flat)  # none passes: none is dropped
+    assert strong_classes(flat, 0.5).tolist() == [0, 1, 2]  # none passes: none is dropped
+    assert strong_classes(logits, 0.0).tolist() == [0, 1, 2]  # switched off
 
 
 def test_segment_stays_in_place():
