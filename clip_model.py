@@ -337,17 +337,9 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # exp of it is 1 / tau
+        self.context_length, self.input_resolution = context_length, grid * patch  # tokens; pixels, a square's side
         self.sot, self.eot = vocab_size - 2, vocab_size - 1  # ids of start and end of text
         self.tokenizer, self.source, self.sha256 = None, None, None
-
-    @property
-    def context_length(self):
-        return len(self.positional_embedding)
-
-    @property
-    def input_resolution(self):
-        """Side in pixels of the square pictures it was trained on."""
-        return self.visual.grid * self.visual.patch
 
     def tokenizer_or_default(self):
         tokenizer = self.tokenizer or openai_tokenizer()

@@ -336,7 +336,10 @@ def sum_in_pieces(function, *tensors):
     picture, twice. Their loss is a sum over pictures or channels, so each piece is enlarged, reduced
     to a number and forgotten; backward enlarges it once more instead of keeping it.
     """
-    return sum(checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False) for piece in zip(*tensors))
+    pieces = list(zip(*tensors))
+    if len(pieces) == 1:  # small enough to be kept
+        return function(*pieces[0])
+    return sum(checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces)
 
 
 def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels):

@@ -500,7 +500,7 @@ def run_paper(args, out):
         run = argparse.Namespace(**{**vars(args), "seed": seed})
         folders = {name: out / "paper" / f"seed{seed}" / f"row{row}" for row, name in enumerate(rectified | distilled)}
         run.teacher = folders["+ Reference + positional"] / "rectify.pt"
-        for train_stage, rows in ((rectify, rectified), (distill, distilled)):
+        for train_stage, rows in ((rectify, rectified), (distill, {} if args.rectification_only else distilled)):
             for name, changes in rows.items():
                 results.setdefault(name, []).append(miou(train_stage(run, folders[name], **changes)))
     with written_atomically(out / "paper" / "tables.csv") as temporary, temporary.open("w", newline="") as file:
@@ -531,6 +531,7 @@ def parse(argv=None):
     add("--resume", action="store_true", help="go on where the same command was stopped")
     add("--split", help="what --stage all and paper evaluate on (default: test for shapes, else val)")
     add("--seeds", type=int, default=3, help="number of seeds of --stage paper (default: 3)")
+    add("--rectification_only", action="store_true", help="--stage paper without the rows of distillation")
     add("--epochs", type=int, help="short for --rectify_epochs, with --stage distill for --distill_epochs")
     group = parser.add_argument_group("hyper-parameters", "defaults in brackets, by data set")
     for field in dataclasses.fields(Settings):
