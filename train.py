@@ -21,7 +21,9 @@ import csv
 import dataclasses
 import json
 import math
+import resource
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -155,6 +157,12 @@ def fit(stage, *, out, modules, optimiser, loss_of, batches, lr_of, steps, seed,
                 saved = step + 1
                 if save:
                     save()
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"{stage}: {steps - first} steps in {time.perf_counter() - progress.began:.0f} s, peak memory "
+          f"{peak / 2 ** 30:.2f} GiB")
 
 
 def read_training_state(path, modules, optimiser, identity):

@@ -109,3 +109,45 @@ def test_real_voc_files(shared):
     assert len(split) == 17 and len(open_split("voc", root, "train")) == 3
     i = split.names.index("2008_002536")
     assert sorted(split.label(i).unique().tolist()) == [11, 16, 255] and split.picture(i).shape[1:] == split.label(i).shape
+
+
+def test_shapes_are_a_function_of_split_and_index():
+    """Drawn twice, in any order, a picture is the same; splits differ; labels hold classes and IGNORE only."""
+    datasets.target_scene.cache_clear()
+    first = [open_split("shapes", None, "val").picture(i) for i in (5, 2)]
+    datasets.target_scene.cache_clear()
+    split = open_split("shapes", None, "val")
+    assert torch.equal(split.picture(2), first[1]) and torch.equal(split.picture(5), first[0])
+    assert not torch.equal(open_split("shapes", None, "test").picture(2), first[1])
+    labels = torch.stack([split.label(i) for i in range(100)])
+    assert set(labels.unique().tolist()) == {*range(8), IGNORE}
+    assert [len(open_split("shapes", None, name)) for name in ("train", "val", "test")] == [1000, 300, 500]
+
+
+def test_labels_lie_on_the_objects():
+    """A lone object in its hue on a grey ground: where the label says object, the picture is colourful."""
+    rng = np.random.default_rng(0)
+    thing = datasets.new_thing("box", 30, 24, 15, rng)
+    picture, label = datasets.paint(64, "stone", [thing], rng)
+    spread = picture.max(0).astype(int) - picture.min(0)
+    inside = label == datasets.SHAPES_CLASSES.index("box")
+    assert spread[inside].mean() > 2 * spread[label == IGNORE].mean() and 300 < inside.sum() < 900
+
+
+def test_captions_speak_the_tokenizers_words():
+    words = set(datasets.shapes_words())
+    for _, captions in (datasets.web_scenes((0, 1), 50), datasets.web_mosaics((0, 2), 10)):
+        assert {word for caption in captions for word in caption.split()} <= words
+        assert all(any(name in caption.split() for name in datasets.SHAPES_CLASSES) for caption in captions)
+
+
+def test_close_ups_have_habits_and_targets_do_not():
+    """First twins (coin, box, star, bee) stand in the upper half of mosaics only; on the target in both halves."""
+    _, captions = datasets.web_mosaics((3, 4), 50)
+    first = [any(name in caption.split() for name in datasets.SHAPES_CLASSES[::2]) for caption in captions]
+    assert all(first[i] == (i % 4 < 2) for i in range(len(first)))
+    split = open_split("shapes", None, "train")
+    labels = torch.stack([split.label(i) for i in range(300)])
+    even = (labels != IGNORE) & (labels % 2 == 0)
+    upper, lower = even[:, :32].sum().item(), even[:, 32:].sum().item()
+    assert 0.85 < upper / lower < 1.18

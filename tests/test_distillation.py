@@ -73,7 +73,7 @@ def test_mask_guided_loss_is_the_literal_formula():
 def test_mask_guided_loss_in_pieces_equals_the_whole():
     grid, pseudo = random_grid(3, C, 4, 5), torch.randint(C, (3, *SIZE))
     whole = F.cross_entropy(enlarge(STRIDE)(grid, *SIZE) / 0.07, pseudo)
-    pieces = mask_guided_loss(grid, pseudo, 0.07, enlarge(STRIDE))
+    pieces = mask_guided_loss(grid, pseudo, 0.07, enlarge(STRIDE), piece=1)
     close(pieces, whole)
     close(*(torch.autograd.grad(loss, grid)[0] for loss in (pieces, whole)), 1e-10)
 
@@ -104,7 +104,7 @@ def test_no_map_of_the_pictures_size_waits_for_backward():
         lambda x: kept.append(x.numel() if x.is_floating_point() else 0) or x, lambda x: x)
     with keep:
         feature_guided_loss(Z, own, (64, 64), enlarge(16), enlarge(8), piece=1)
-        mask_guided_loss(own[:, :C], torch.zeros(2, 64, 64, dtype=torch.int64), 1.0, enlarge(8))
+        mask_guided_loss(own[:, :C], torch.zeros(2, 64, 64, dtype=torch.int64), 1.0, enlarge(8), piece=1)
     assert max(kept) < 64 * 64
     with keep:
         F.l1_loss(enlarge(16)(Z, 64, 64), enlarge(8)(own, 64, 64))

@@ -160,3 +160,49 @@ def test_pretraining_writes_a_clip_that_loads(tmp_path, monkeypatch):
     tokens = clip.tokenize("a photo of a coin on wood")[0]
     assert int((tokens > 0).sum()) == 9  # seven words, start and end: each word is one token
     assert clip.encode_image_dense(torch.zeros(1, 3, 64, 40)).shape == (1, 128, 8, 5)
+
+
+def test_all_stages_on_shapes_end_in_a_table_and_resume(tmp_path, monkeypatch, capsys):
+    """The default command, shortened; stopped inside distillation, it goes on with --resume and skips what is done."""
+    command = ["--device", "cpu", "--out", str(tmp_path), "--rectify_epochs", "1", "--distill_epochs", "1"]
+    calls, loss = [], train.distillation_loss
+
+    def interrupted(*arguments, **more):
+        calls.append(1)
+        return interrupt(None) if len(calls) == 3 else loss(*arguments, **more)
+    monkeypatch.setattr(train, "distillation_loss", interrupted)
+    monkeypatch.setitem(train.SETTINGS, "shapes", dataclasses.replace(train.SETTINGS["shapes"], distill_batch=256))
+    monkeypatch.setitem(train.DATA, "shapes", dataclasses.replace(train.DATA["shapes"], splits=("val",)))
+    with pytest.raises(KeyboardInterrupt):
+        train.main(command)
+    before = (tmp_path / "rectify.pt").read_bytes()
+    train.main([*command, "--resume"])
+    assert (tmp_path / "rectify.pt").read_bytes() == before
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:30].strip(): float(line.split()[-1]) for line in lines if line.startswith(("  MaskCLIP", "  +", "  distilled"))}
+    assert list(rows) == ["MaskCLIP (Query only)", "+ Reference", "+ Reference + positional", "distilled"]
+    for stage in ("clip", "rectify", "distill"):
+        report = json.loads((tmp_path / f"eval_{stage}.json").read_text())
+        assert (tmp_path / f"eval_{stage}.png").is_file() and report["protocol"]["pictures"] == 300
+    assert rows["distilled"] == pytest.approx(100 * report["miou"], abs=0.06)
+
+
+def test_distillation_refuses_a_teacher_of_other_classes(command, tmp_path):
+    train.main(command("run", "--epochs", "1"))
+    with pytest.raises(ValueError, match="rectify.pt was learnt for other classes than shapes's: airplane, "):
+        train.main(["--stage", "distill", "--device", "cpu", "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--rectify_batch", "0"], "--rectify_batch is 0"), (["--epochs", "-1"], "--rectify_epochs is -1"),
+    (["--split", "nonsense"], "--split nonsense"), (["--device", "cuda:99"], "--device cuda:99"),
+    (["--stage", "pretrain", "--data", "voc"], "--stage pretrain"), (["--seeds", "0"], "--seeds is 0"),
+    (["--stage", "rectify", "--prompt_length", "0", "--positional_channels", "0"], "nothing to learn"),
+    (["--stage", "rectify", "--clip", "nothing.pt"], "nothing.pt"),
+    (["--stage", "rectify", "--data", "voc", "--root", "nowhere", "--clip", "shapes_clip.pt"], "nowhere|16"),
+    (["--stage", "distill"], "python train.py --stage rectify first")])
+def test_bad_input_ends_in_one_sentence(options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(train.Path(train.__file__).parent)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        train.main([*options, "--out", str(tmp_path)])
+    assert "\n" not in str(caught.value)
