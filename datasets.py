@@ -21,6 +21,7 @@ Copied elsewhere, it is used like this:
 
 import colorsys
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -277,6 +278,20 @@ def shapes_words():
     """Every word that a caption or a prompt of shapes can hold."""
     text = " ".join(SHAPES_PROMPTS).replace("{}", "").split() + "and on here is of".split()
     return sorted({*text, *SHAPES_CLASSES, *HUES, *GROUNDS})
+
+
+def shapes_merges():
+    """The tiny CLIP's byte-pair merges, learnt as BPE learns: the most frequent pair of all words is merged, until each
+    word is one token."""
+    words, merges = [[*word[:-1], word[-1] + "</w>"] for word in shapes_words()], []
+    while pairs := Counter(pair for parts in words for pair in zip(parts, parts[1:])):
+        best = max(sorted(pairs), key=pairs.get)
+        merges.append(best)
+        for parts in words:
+            for i in range(len(parts) - 2, -1, -1):
+                if tuple(parts[i:i + 2]) == best:
+                    parts[i:i + 2] = ["".join(best)]
+    return merges
 
 
 @lru_cache(maxsize=2000)  # a training set is seen many times

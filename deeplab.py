@@ -67,6 +67,8 @@ STUDENTS = {
 
 def load_backbone(backbone, student, source):
     """source: "imagenet", downloaded once, hash checked; or a file, a state dict in torchvision's names."""
+    if source == "imagenet" and student == "tiny":
+        raise ValueError("there are no ImageNet weights for the tiny student; give a file or none")
     try:
         if source == "imagenet":
             weights = torchvision.models.get_model_weights(student).IMAGENET1K_V1
@@ -114,7 +116,7 @@ class DeepLabV2(nn.Module):
     or None for random.
     freeze_batch_norm: True keeps the backbone's batch norms as they came, statistics, scale and shift, as DeepLab V2
         does: ImageNet's statistics are those of a million pictures, not of the 2 to 16 crops that fit into memory.
-        False trains them, which a random start needs. None: True with backbone_weights, else False. (ours)
+        False trains them, which a random start needs. None (ours): True with backbone_weights, else False.
     """
 
     def __init__(self, class_names, W_q, W_r, *, M_p=None, student="resnet101", head="query_reference",
@@ -141,8 +143,10 @@ class DeepLabV2(nn.Module):
             norm.requires_grad_(not frozen)
         for name, tensor in (("W_q", W_q), ("W_r", W_r), ("M_p", M_p)):
             self.register_buffer(name, None if tensor is None else tensor.detach().clone())
-        # Table 6's "Ori. Head". Before D-wide features, as the others, so that Eq. 7 and Eq. 8 apply to it unchanged.
-        self.classifier = nn.Conv2d(*W_q.T.shape, 1) if head == "original" else None
+        # Table 6's "Ori. Head": a learnt 1x1 convolution on Z^, where the paper's DeepLab has C channels at once; with
+        # Z^ kept, Eq. 7 and 8 are the same for all heads (ours).
+        C, D = W_q.shape
+        self.classifier = nn.Conv2d(D, C, 1) if head == "original" else None
         self.to(W_q.device)
 
     def train(self, mode=True):

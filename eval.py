@@ -20,6 +20,7 @@ It sits on top of the other files; alone, the functions under "Numbers" need no 
 """
 
 import argparse
+import csv
 import json
 import sys
 import time
@@ -141,6 +142,16 @@ def print_table(classes, result, title):
           f"pixel accuracy {100 * result['pixel_accuracy']:.1f}")
 
 
+def report_rows(results, title, path):
+    """results: {row: fractions, one a seed}; printed as mean (least .. most) in percent, written as CSV."""
+    with written_atomically(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([name, *values] for name, values in results.items())
+    print(f"\n{title}, mean (least .. most) over seeds")
+    for name, values in results.items():
+        values = [100 * value for value in values]
+        print(f"  {name:<50}{sum(values) / len(values):5.1f} ({min(values):.1f} .. {max(values):.1f})")
+
+
 class Progress:
     """`Progress("eval", 1449)(12, extra="")` shows step, rate and time left: in place on a terminal, now and
     then in a log."""
@@ -198,7 +209,8 @@ def evaluate_stage(args, model, stage, out, others=(), checkpoint=None):
                      "checkpoint_sha256": sha256_of(checkpoint) if stage != "clip" else None}}
     with written_atomically(out / f"eval_{stage}.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1))
-    draw_examples([*others, (model, stage)], dataset, facts.palette, denoise, args.device).save(out / f"eval_{stage}.png")
+    picture = draw_examples([*others, (model, stage)], dataset, facts.palette, denoise, args.device)
+    picture.save(out / f"eval_{stage}.png")
     return result
 
 
@@ -235,7 +247,7 @@ def parse(argv):
 
 
 def check(args):
-    """What argparse cannot see; train.py has the same three options."""
+    """What argparse cannot see; train.py calls it too."""
     if args.split not in DATA[args.data].splits:
         raise ValueError(f"--split {args.split}: {args.data} has {', '.join(DATA[args.data].splits)}")
     if args.denoise is not None and not 0 <= args.denoise <= 1:
@@ -258,8 +270,13 @@ def main(argv=None):
         others = [(model, "clip")]
     else:
         model = DeepLabV2.load(args.checkpoint or out / "distill.pt", args.device)
+        if (out / "rectify.pt").is_file():  # the teacher's masks beside the student's
+            clip = load_clip(args.clip, args.device) if args.clip else None
+            teacher = ReCLIP.load(out / "rectify.pt", clip, args.device)
+            others = [(teacher, "clip"), (teacher, "rectify")]
     if tuple(model.class_names) != facts.classes:
-        raise ValueError(f"the checkpoint was made for other classes than {args.data}'s: {', '.join(model.class_names)}")
+        raise ValueError(f"the checkpoint was made for other classes than {args.data}'s: "
+                         f"{', '.join(model.class_names)}")
     evaluate_stage(args, model.eval(), args.stage, out, others, args.checkpoint)
 
 

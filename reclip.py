@@ -28,6 +28,7 @@ Copied elsewhere (with clip_model.py), it is used like this:
 Where the paper and its authors' released code differ, a comment says so and a named argument offers both.
 """
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -91,8 +92,8 @@ class ReferencePrompt(nn.Module):
         # names off. We shorten the prompt instead, so that the longest name fits.
         length = min(length, clip.context_length - 2 - max(map(len, self.names)))
         if length < 1:
-            raise ValueError(f"no room for a prompt: of this CLIP's {clip.context_length} tokens the longest class name "
-                             f"needs {max(map(len, self.names))}, or prompt_length is negative")
+            raise ValueError(f"no room for a prompt: of this CLIP's {clip.context_length} tokens the longest class "
+                             f"name needs {max(map(len, self.names))}, or prompt_length is negative")
         # Released: all vectors start as the embedding of token 0 ("!"). They leave each other because each
         # stands at another place of the text.
         self.vectors = nn.Parameter(clip.token_embedding.weight[0].detach().repeat(length, 1))  # (L, E)
@@ -293,6 +294,13 @@ class ReCLIP(nn.Module):
         """The prompt vectors, the positional net and W_q (kept so that loading needs no 85 x C texts)."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("clip.")}
 
+    def fingerprint(self):
+        """sha256 of what was learnt; the file's own would change with every writing of the same numbers."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.learnt().items()):
+            digest.update(key.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def save(self, path):
         """What was learnt, with class names, settings and CLIP's identity, in one file, written atomically."""
         content = {"learnt": self.learnt(), "class_names": list(self.class_names), "settings": self.settings,
@@ -358,7 +366,7 @@ def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, piece=2 ** 2
 
 def feature_guided_loss(Z, Z_student, size, to_pixels, student_to_pixels, piece=2 ** 25):
     """Eq. (7): L1 between Z (B, D, h, w) of the teacher and Z^ (B, D, h', w') of the student, both enlarged to the
-    picture's size (H, W) by their own to_pixels. Norm over the D features of a pixel, mean over pixels: the paper
+    picture's size (H, W) by their own to_pixels. Norm over the D features of a pixel, mean over pixels (ours): the paper
     does not say, but the mean over D too would make this term D times weaker, next to nothing beside Eq. 6.
 
     piece: elements of one enlarged map in memory at once; the channels go through in groups of that size.

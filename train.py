@@ -2,6 +2,7 @@
 
     python train.py                                          the whole paper on shapes, on a laptop CPU
     python train.py --stage rectify --data voc --root DIR    Sec. 3.1-3.4 on PASCAL VOC
+    python train.py --stage distill --data voc --root DIR    Sec. 3.5, from what the former wrote
     python train.py --stage pretrain                         the tiny CLIP behind shapes, from scratch
 
 What stands here
@@ -10,7 +11,8 @@ What stands here
     label_training_set     pseudo-labels of all training pictures (Sec. 3.4), computed once, cached by name
     rectify, distill       stages 1 and 2 of the paper
     pretrain               contrastive pre-training of the tiny CLIP (ours; not in the paper)
-    run_all, run_paper     everything, ending in small Tables 2 and 4; ablations with controls over several seeds
+    run_all                both stages, ending in small Tables 2 and 4
+    run_paper              Tables 4, 6 and 7 with controls, over several seeds
 
 Nothing that learns reads a label: TrainingStream and Thumbnails yield pictures and names only. The stages `all` and
 `paper` read labels to evaluate, through eval.py.
@@ -24,7 +26,6 @@ import math
 import resource
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -33,10 +34,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from clip_model import CLIP, Tokenizer, load_clip, normalise, written_atomically
-from datasets import (DATA, Augment, Evaluation, Thumbnails, TrainingStream, open_split, shapes_words, web_mosaics,
+from datasets import (DATA, Augment, Evaluation, Thumbnails, TrainingStream, open_split, shapes_merges, web_mosaics,
                       web_scenes)
 from deeplab import DeepLabV2
-from eval import Progress, best_device, check, evaluate, evaluate_stage, scores
+from eval import Progress, best_device, check, evaluate, evaluate_stage, report_rows, scores
 from reclip import PROMPTS, ReCLIP, distillation_loss
 
 
@@ -75,7 +76,7 @@ class Settings:
     distill_batch: int = option(16, "pictures a step (released)")
     distill_lr: float = option(0.01, "learning rate of SGD (Sec. 4.1), poly over all epochs")
     distill_lr_floor: float = option(1e-4, "the learning rate never falls below (released)")
-    distill_crop: int = option(512, "side of the crop and short side before it, pixels (released); 0: whole pictures (ours)")
+    distill_crop: int = option(512, "crop and short side before it, pixels (released); 0: whole pictures, all of one size (ours)")
     mask_tau: float = option(None, "temperature of Eq. 6; if not given, that of Eq. 5 (ours, the paper prints none)")
     alpha: float = option(0.5, "weight of the feature-guided loss, Eq. 8; 0: none (Sec. 3.5)")
     beta: float = option(0.5, "weight of the text-guided loss, Eq. 8; 0: none (Sec. 3.5)")
@@ -85,13 +86,15 @@ class Settings:
     flip: bool = option(True, "random horizontal flip (Sec. 4.1)")
     photometric: bool = option(True, "random brightness, contrast, saturation, hue (released)")
 
-
     def __post_init__(self):
         positive = ("rectify_epochs", "rectify_poly_epochs", "rectify_batch", "top_k", "lr", "tau_1", "tau", "mask_tau",
                     "distill_epochs", "distill_batch", "distill_lr")
         for name in positive:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("crop", "distill_crop", "distill_lr_floor", "alpha", "beta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must not be below 0")
 
 
 SETTINGS = {
@@ -157,12 +160,12 @@ def fit(stage, *, out, modules, optimiser, loss_of, batches, lr_of, steps, seed,
                 saved = step + 1
                 if save:
                     save()
-    if torch.cuda.is_available():
+    if parameters[0].is_cuda:
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"{stage}: {steps - first} steps in {time.perf_counter() - progress.began:.0f} s, peak memory "
-          f"{peak / 2 ** 30:.2f} GiB")
+          f"of the process so far {peak / 2 ** 30:.2f} GiB")
 
 
 def read_training_state(path, modules, optimiser, identity):
@@ -173,7 +176,8 @@ def read_training_state(path, modules, optimiser, identity):
         state = torch.load(path, map_location="cpu", weights_only=True)
         known = state["identity"]
     except Exception as error:
-        raise ValueError(f"{path} is not a training state, or is truncated: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not a training state, or is truncated: {reason}") from error
     changed = [f"{key} was {known.get(key)!r}, now {value!r}" for key, value in identity.items()
                if known.get(key) != value]
     if changed:
@@ -196,7 +200,7 @@ def label_training_set(model, split, args, s, identity, path):
         content = json.loads(path.read_text())
         if content["identity"] == identity and set(content["labels"]) == set(split.names):
             return content["labels"]
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass  # none yet, or not ours: computed (again)
     labels, loader = {}, DataLoader(Thumbnails(split, model.clip.input_resolution), 32, num_workers=args.workers)
     progress = Progress("image-level labels", len(split))
@@ -214,6 +218,12 @@ def origin_of(args, s, clip):
     facts = DATA[args.data]
     return {"data": args.data, "classes": list(facts.classes), "prompts": list(facts.prompts or PROMPTS),
             "clip": clip.sha256, "threshold": s.threshold, "top_k": s.top_k}
+
+
+def identity_of(origin, s, args, pictures, foreign):
+    """What a run must have in common with its resumption: all but the settings of the other stage (foreign)."""
+    own = {key: value for key, value in dataclasses.asdict(s).items() if not key.startswith(foreign)}
+    return origin | own | {"seed": args.seed, "pictures": pictures}
 
 
 def resumable(args, out, stage):
@@ -247,7 +257,7 @@ def rectify(args, out, prepare=None, shuffle=False, **changes):
         prepare(model)
     split = open_split(args.data, args.root, "train", args.download)
     origin = origin_of(args, s, model.clip)
-    labels = label_training_set(model, split, args, s, origin, out / "image_labels.json")
+    labels = label_training_set(model, split, args, s, origin, args.out / "image_labels.json")
     if shuffle:
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(args.seed)).tolist()
         labels = {name: labels[split.names[i]] for name, i in zip(split.names, order)}
@@ -273,7 +283,8 @@ def rectify(args, out, prepare=None, shuffle=False, **changes):
                                 weight_decay=s.weight_decay)
     fit("rectify", out=out, modules=learnable, optimiser=optimiser, loss_of=lambda batch: model.loss(*batch),
         batches=batches, lr_of=lambda step: lr(step * s.rectify_batch // len(split)), steps=steps, seed=args.seed,
-        identity=origin | dataclasses.asdict(s) | {"seed": args.seed, "pictures": len(split)},
+        identity=identity_of(origin, s, args, len(split), ("distill", "student", "head", "alpha", "beta", "mask_tau",
+                                                           "backbone")),
         resume=resumable(args, out, "rectify"),
         save=lambda: model.save(out / "rectify.pt"), save_every=math.ceil(len(split) / s.rectify_batch),
         batch_size=s.rectify_batch)
@@ -287,21 +298,28 @@ def distill(args, out, **changes):
     """Sec. 3.5: the rectified CLIP of <out>/rectify.pt, frozen, teaches DeepLab V2; writes <out>/distill.pt.
     -> DeepLabV2, eval mode. changes: settings to replace, for ablations."""
     s, facts = dataclasses.replace(args.settings, **changes), DATA[args.data]
-    teacher = ReCLIP.load(args.teacher or out / "rectify.pt", device=args.device)
+    clip = load_clip(args.given_clip, args.device) if args.given_clip else None  # None: where rectify found it
+    teacher = ReCLIP.load(args.teacher or out / "rectify.pt", clip, args.device)
     if teacher.class_names != facts.classes:
         raise ValueError(f"{args.teacher or out / 'rectify.pt'} was learnt for other classes than {args.data}'s: "
                          f"{', '.join(teacher.class_names)}")
+    if ((s.head.startswith("query_reference") and not teacher.reference)
+            or (s.head.endswith("positional") and not teacher.positional)):
+        raise ValueError(f"--head {s.head} needs a teacher with the parts it is named for; rectify again with them")
     torch.manual_seed(args.seed)
+    device, grid = torch.device(args.device).type, teacher.clip.visual.grid
     with torch.no_grad():
-        W_r = teacher.reference(teacher.clip)                                                       # (C, D)
-        h = teacher.clip.visual.grid
-        M_p = teacher.positional(teacher.clip.visual.positional_grid(h, h)) if s.head.endswith("positional") else None
+        W_r = teacher.reference(teacher.clip) if teacher.reference else torch.zeros_like(teacher.W_q)  # (C, D)
+        M_p = None
+        if s.head.endswith("positional"):
+            M_p = teacher.positional(teacher.clip.visual.positional_grid(grid, grid))               # (1, C, grid, grid)
     student = DeepLabV2(teacher.class_names, teacher.W_q, W_r, M_p=M_p, student=s.student, head=s.head,
                         backbone_weights=None if s.backbone_weights == "none" else s.backbone_weights).train()
     split = open_split(args.data, args.root, "train", args.download)
     origin = origin_of(args, s, teacher.clip)
-    labels = label_training_set(teacher, split, args, s, origin, out / "image_labels.json")
-    stream = TrainingStream(split, Augment(s.long_side, s.distill_crop, s.distill_crop, flip=s.flip,
+    labels = label_training_set(teacher, split, args, s, origin, args.out / "image_labels.json")
+    # Never smaller than the crop: the student would learn the teacher's opinion of grey padding (ours)
+    stream = TrainingStream(split, Augment(s.long_side, s.distill_crop, s.distill_crop, ratio=(1.0, 2.0), flip=s.flip,
                                            photometric=s.photometric), args.seed)
     steps = math.ceil(s.distill_epochs * len(split) / s.distill_batch)
     lr = poly(s.distill_lr, s.poly_power, s.distill_epochs)
@@ -309,13 +327,15 @@ def distill(args, out, **changes):
                                 weight_decay=s.weight_decay)
 
     def loss_of(batch):
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device.startswith("cuda")):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             return distillation_loss(teacher, student, *batch, mask_tau=s.mask_tau, alpha=s.alpha, beta=s.beta)
 
     fit("distill", out=out, modules={"student": student}, optimiser=optimiser, loss_of=loss_of,
         batches=lambda first: labelled_batches(args, stream, labels, len(facts.classes), s.distill_batch, first, steps),
-        lr_of=lambda step: max(lr(step * s.distill_batch // len(split)), s.distill_lr_floor), steps=steps, seed=args.seed,
-        identity=origin | dataclasses.asdict(s) | {"seed": args.seed, "pictures": len(split)},
+        lr_of=lambda step: max(lr(step * s.distill_batch // len(split)), s.distill_lr_floor), steps=steps,
+        seed=args.seed,
+        identity=identity_of(origin | {"teacher": teacher.fingerprint()}, s, args, len(split),
+                             ("rectify", "crop", "lr", "tau", "pool", "prompt", "reference", "positional")),
         resume=resumable(args, out, "distill"),
         save=lambda: student.save(out / "distill.pt"), save_every=math.ceil(len(split) / s.distill_batch),
         batch_size=s.distill_batch)
@@ -355,19 +375,6 @@ def picture_features(clip, images, mosaic, blind):
     return whole, dense
 
 
-def learn_merges(words):
-    """Byte-pair encoding's training: merge the most frequent pair until each word is one token."""
-    words, merges = [[*word[:-1], word[-1] + "</w>"] for word in words], []
-    while pairs := Counter(pair for parts in words for pair in zip(parts, parts[1:])):
-        best = max(sorted(pairs), key=pairs.get)
-        merges.append(best)
-        for parts in words:
-            for i in range(len(parts) - 2, -1, -1):
-                if tuple(parts[i:i + 2]) == best:
-                    parts[i:i + 2] = ["".join(best)]
-    return merges
-
-
 @dataclasses.dataclass(frozen=True)
 class PretrainSettings:
     """All ours, chosen on the val split."""
@@ -386,7 +393,7 @@ def pretrain(args, out):
     """Trains the tiny CLIP on captioned web scenes of shapes (no pixel label) and writes <out>/shapes_clip.pt."""
     s = PretrainSettings()
     torch.manual_seed(args.seed)
-    merges = learn_merges(shapes_words())
+    merges = shapes_merges()
     tokenizer = Tokenizer(merges)
     clip = CLIP(embed_dim=128, patch=8, vision_width=128, vision_layers=3, grid=8, context_length=16,
                 vocab_size=len(tokenizer.ids), text_width=128, text_layers=2).reset_parameters().to(args.device)
@@ -415,7 +422,7 @@ def pretrain(args, out):
 
     def loss_of(batch):
         pictures, tokens, mosaic, first_phase = batch
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
             whole, dense = picture_features(clip, pictures, mosaic, blind=first_phase)
             texts = clip.encode_text(tokens)
         scale = clip.logit_scale.exp().clamp(max=100)
@@ -511,13 +518,7 @@ def run_paper(args, out):
         for train_stage, rows in ((rectify, rectified), (distill, {} if args.rectification_only else distilled)):
             for name, changes in rows.items():
                 results.setdefault(name, []).append(miou(train_stage(run, folders[name], **changes)))
-    with written_atomically(out / "paper" / "tables.csv") as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([["mIoU", *(f"seed {s}" for s in range(args.seeds))],
-                                    *([name, *values] for name, values in results.items())])
-    print(f"\n{args.data} {args.split}, {args.clip}: mIoU, mean (least .. most) of {args.seeds} seeds")
-    for name, values in results.items():
-        values = [100 * value for value in values]
-        print(f"  {name:<50}{sum(values) / len(values):5.1f} ({min(values):.1f} .. {max(values):.1f})")
+    report_rows(results, f"{args.data} {args.split}, {args.clip}: mIoU", out / "paper" / "tables.csv")
 
 
 STAGES = {"all": run_all, "pretrain": pretrain, "rectify": rectify, "distill": distill, "paper": run_paper}
@@ -558,7 +559,11 @@ def parse(argv=None):
     if args.epochs is not None:
         changes[f"{args.stage if args.stage == 'distill' else 'rectify'}_epochs"] = args.epochs
     args.settings = dataclasses.replace(SETTINGS[args.data], **changes)
-    args.clip = args.clip or DATA[args.data].clip
+    if args.data != "shapes" and not (args.settings.crop and args.settings.distill_crop):
+        raise ValueError(f"--crop 0 and --distill_crop 0 need pictures of one size; those of {args.data} differ")
+    if args.teacher and args.stage != "distill":
+        raise ValueError("--teacher goes with --stage distill alone")
+    args.given_clip, args.clip = args.clip, args.clip or DATA[args.data].clip
     args.workers = args.workers if args.workers is not None else 4 if args.device.startswith("cuda") else 0
     args.out = Path(args.out or f"runs/{args.data}")
     args.denoise = None  # evaluate_stage: the data set's own
@@ -579,5 +584,7 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except torch.cuda.OutOfMemoryError as error:
+        sys.exit(f"train.py: out of memory, try a smaller batch or crop ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; the same command with --resume goes on from the last saved state")
