@@ -366,8 +366,8 @@ def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, piece=2 ** 2
 
 def feature_guided_loss(Z, Z_student, size, to_pixels, student_to_pixels, piece=2 ** 25):
     """Eq. (7): L1 between Z (B, D, h, w) of the teacher and Z^ (B, D, h', w') of the student, both enlarged to the
-    picture's size (H, W) by their own to_pixels. Norm over the D features of a pixel, mean over pixels (ours): the paper
-    does not say, but the mean over D too would make this term D times weaker, next to nothing beside Eq. 6.
+    picture's size (H, W) by their own to_pixels. Norm over the D features of a pixel, mean over pixels (ours): the
+    paper does not say, but the mean over D too would make this term D times weaker, next to nothing beside Eq. 6.
 
     piece: elements of one enlarged map in memory at once; the channels go through in groups of that size.
     """

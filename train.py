@@ -76,7 +76,7 @@ class Settings:
     distill_batch: int = option(16, "pictures a step (released)")
     distill_lr: float = option(0.01, "learning rate of SGD (Sec. 4.1), poly over all epochs")
     distill_lr_floor: float = option(1e-4, "the learning rate never falls below (released)")
-    distill_crop: int = option(512, "crop and short side before it, pixels (released); 0: whole pictures, all of one size (ours)")
+    distill_crop: int = option(512, "crop, and short side before it, pixels (released); 0: as for crop")
     mask_tau: float = option(None, "temperature of Eq. 6; if not given, that of Eq. 5 (ours, the paper prints none)")
     alpha: float = option(0.5, "weight of the feature-guided loss, Eq. 8; 0: none (Sec. 3.5)")
     beta: float = option(0.5, "weight of the text-guided loss, Eq. 8; 0: none (Sec. 3.5)")

@@ -206,3 +206,32 @@ def test_bad_input_ends_in_one_sentence(options, words, tmp_path, monkeypatch):
     with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
         train.main([*options, "--out", str(tmp_path)])
     assert "\n" not in str(caught.value)
+
+
+def test_distillation_resumes_to_the_bit_without_labels_and_knows_its_teacher(command, tmp_path, monkeypatch):
+    """On files, label folder gone: stopped and resumed equals uninterrupted; the teacher stays as it was; a state made
+    with one teacher is refused under another."""
+    shutil.rmtree(tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass")
+    train.main(command("teacher", "--epochs", "1"))
+    teacher = str(tmp_path / "teacher" / "rectify.pt")
+    before = ReCLIP.load(teacher).fingerprint()
+
+    def distill(out, *more):
+        arguments = command(out, "--teacher", teacher, "--student", "tiny", "--backbone_weights", "none", "--distill_crop",
+                            "32", "--distill_batch", "2", *more)
+        train.main(["--stage", "distill", *arguments[2:]])
+        return torch.load(tmp_path / out / "distill.pt", weights_only=True)["student"]
+
+    whole = distill("whole")
+    calls, loss = [], train.distillation_loss
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "distillation_loss",
+                      lambda *a, **k: interrupt(None) if calls.append(1) or len(calls) == 4 else loss(*a, **k))
+        distill("parts")
+    assert torch.load(tmp_path / "parts" / "distill_state.pt", weights_only=True)["step"] == 2
+    parts = distill("parts", "--resume")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert ReCLIP.load(teacher).fingerprint() == before
+    train.main(command("teacher", "--epochs", "1", "--seed", "5"))
+    with pytest.raises(ValueError, match="teacher was '.*', now '"):
+        distill("parts", "--resume")
