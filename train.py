@@ -495,7 +495,8 @@ def run_paper(args, out):
         "distilled: mask loss (Table 7)": dict(alpha=0.0, beta=0.0),
         "distilled: mask + feature (Table 7)": dict(beta=0.0),
         "distilled: mask + feature + text (Tables 6, 7)": dict(),
-        "distilled: original head (Table 6)": dict(head="original"),
+        # a classifier that learns finds its own scale: no temperature
+        "distilled: original head (Table 6)": dict(head="original", mask_tau=1.0),
         "distilled: Query head (Table 6)": dict(head="query"),
         "distilled: Query, Reference, positional (Table 6)": dict(head="query_reference_positional"),
     }
