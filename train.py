@@ -77,7 +77,7 @@ class Settings:
     distill_lr: float = option(0.01, "learning rate of SGD (Sec. 4.1), poly over all epochs")
     distill_lr_floor: float = option(1e-4, "the learning rate never falls below (released)")
     distill_crop: int = option(512, "crop, and short side before it, pixels (released); 0: as for crop")
-    mask_tau: float = option(None, "temperature of Eq. 6; if not given, that of Eq. 5 (ours, the paper prints none)")
+    mask_tau: float = option(None, "temperature of Eq. 6; if not given, that of Eq. 5; 1 for --head original (ours)")
     alpha: float = option(0.5, "weight of the feature-guided loss, Eq. 8; 0: none (Sec. 3.5)")
     beta: float = option(0.5, "weight of the text-guided loss, Eq. 8; 0: none (Sec. 3.5)")
     # Pictures, Sec. 4.1
@@ -360,18 +360,18 @@ def picture_features(clip, images, mosaic, blind):
     said by the patches themselves. mosaic: in the last block the class token reads one tile only.
     """
     visual = clip.visual
-    x, (h, w) = visual.embed(normalise(images))                                    # (B, 1 + n, W)
+    x, (h, w) = visual.embed(normalise(images))                                    # (B, 1 + n, E)
     mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
     mask[0, 1:] = not blind
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
         x = block(x, mask)
     if mosaic:
-        first, patches = x[:, :1], x[:, 1:].unflatten(1, (2, h // 2, 2, w // 2))    # (B, 2, h/2, 2, w/2, W)
-        patches = patches.transpose(2, 3).reshape(4 * len(x), h * w // 4, -1)       # (4 B, n / 4, W)
-        x = torch.cat([first.repeat_interleave(4, 0), patches], 1)
-    whole = visual.ln_post(last(x, rows=[0])[:, 0]) @ visual.proj
-    dense = F.normalize(visual.ln_post(last.value_path(x[:, 1:])) @ visual.proj, dim=-1).mean(1)
+        first, patches = x[:, :1], x[:, 1:].unflatten(1, (2, h // 2, 2, w // 2))    # (B, 2, h/2, 2, w/2, E)
+        patches = patches.transpose(2, 3).reshape(4 * len(x), h * w // 4, -1)       # (4 B, n / 4, E)
+        x = torch.cat([first.repeat_interleave(4, 0), patches], 1)                  # (4 B, 1 + n / 4, E)
+    whole = visual.ln_post(last(x, rows=[0])[:, 0]) @ visual.proj                   # (B or 4 B, D)
+    dense = F.normalize(visual.ln_post(last.value_path(x[:, 1:])) @ visual.proj, dim=-1).mean(1)  # the same
     return whole, dense
 
 
@@ -439,7 +439,7 @@ def pretrain(args, out):
         identity=dataclasses.asdict(s) | {"seed": args.seed}, resume=args.resume, batch_size=s.scenes)
 
 
-# --- Command line -------------------------------------------------------------------------------------------
+# --- Several runs and their tables ---------------------------------------------------------------------------
 
 def run_all(args, out):
     """Both stages and a table in the form of the paper's Tables 2 and 4."""
@@ -521,6 +521,8 @@ def run_paper(args, out):
                 results.setdefault(name, []).append(miou(train_stage(run, folders[name], **changes)))
     report_rows(results, f"{args.data} {args.split}, {args.clip}: mIoU", out / "paper" / "tables.csv")
 
+
+# --- Command line -------------------------------------------------------------------------------------------
 
 STAGES = {"all": run_all, "pretrain": pretrain, "rectify": rectify, "distill": distill, "paper": run_paper}
 
