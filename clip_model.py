@@ -4,7 +4,7 @@ What stands here
     Tokenizer, tokenize       text -> token ids, identical to OpenAI's (byte-pair encoding)
     CLIP                      the model; its parameter names are the keys of OpenAI's checkpoints
       .encode_image           (B, 3, H, W) -> (B, D)        one vector a picture
-      .encode_image_dense     (B, 3, H, W) -> (B, D, h, w)  one vector a patch (the paper's Sec. 3.1)
+      .encode_image_dense     (B, 3, H, W) -> (B, D, h, w)  one vector a patch (Sec. 3.1; or another of ATTENTIONS)
       .encode_text            (N, 77) -> (N, D)             one vector a text
       .encode_prompted        [SOT] v_1..v_L [name] [EOT] -> (C, D)  (the text encoder under Eq. 1)
     load_clip                 official TorchScript archives and plain state dicts, without running code from them
@@ -19,7 +19,7 @@ Copied elsewhere, it is used like this:
     dense = clip.encode_image_dense(normalise(pictures))                                # (B, D, h, w)
 
 Sources: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021) and
-openai/CLIP (MIT licence) for the model; Zhou et al., "Extract Free Dense Labels from CLIP" (MaskCLIP, 2022).
+openai/CLIP (MIT licence) for the model; ResidualAttentionBlock.read_patches names those of the dense features.
 """
 
 import gzip
@@ -32,9 +32,11 @@ import pickle
 import sys
 import urllib.request
 import zipfile
+from collections import OrderedDict
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import ftfy
 import regex
@@ -44,6 +46,8 @@ from torch import nn
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, in [0, 1] units (openai/CLIP)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+ATTENTIONS = ("maskclip", "sclip", "clearclip", "naclip")  # how CLIP.encode_image_dense may read the last block
 
 # file name -> (address, sha256). For the weights, the address carries the sha256 itself.
 FILES = {
@@ -75,8 +79,8 @@ def sha256_of(path):
 
 @contextmanager
 def written_atomically(path):
-    """Yields a temporary path beside `path`, renamed onto it only when the block ends well: whatever happens in
-    between (a kill, a full disk), `path` holds either its old content or the whole new one."""
+    """Yields a temporary path, renamed onto `path` only when the block ends well: whatever happens in between (a kill,
+    a full disk), `path` holds either its old content or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -113,8 +117,7 @@ def find_file(name):
     if not path.exists():
         download(url, path, sha256)
     elif sha256_of(path) != sha256:
-        raise ValueError(f"{path} is not the official {name} (its sha256 differs): delete it, and it is "
-                         "downloaded again")
+        raise ValueError(f"{path} is not the official {name} (its sha256 differs): delete it to download it again")
     return path
 
 
@@ -132,8 +135,8 @@ def byte_alphabet():
 class Tokenizer:
     """CLIP's byte-pair encoding: the same ids as OpenAI's `clip.tokenize` on any text.
 
-    merges: list of (left, right) pairs in order of rank. The vocabulary follows from it: 256 byte characters,
-    the same 256 at the end of a word ("</w>"), one token a merge, start and end of text.
+    merges: (left, right) pairs in order of rank. The vocabulary follows from them: 256 byte characters, the same 256
+    at the end of a word ("</w>"), one token a merge, start and end of text.
     """
 
     WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]"
@@ -146,80 +149,69 @@ class Tokenizer:
         self.ids = {token: i for i, token in enumerate(vocabulary)}
         self.rank = {tuple(pair): i for i, pair in enumerate(merges)}
         self.start, self.end = len(vocabulary) - 2, len(vocabulary) - 1
-        self._of_word = {}  # words repeat: each is merged once
+        # words repeat: each is merged once
+        self._of_word = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
 
     @classmethod
+    @lru_cache  # read once, one copy for all models
     def from_file(cls, path=None):
         """From a bpe_simple_vocab_16e6.txt.gz: the given one, else the one in $CLIP_HOME, else a download."""
         path = Path(path) if path else find_file("bpe_simple_vocab_16e6.txt.gz")
+        count = 49152 - 256 - 2  # CLIP uses the first 48,894 merges: with bytes and specials, 49,408 tokens
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
-                lines = file.read().split("\n")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a readable BPE vocabulary ({error}); delete it to have it "
-                             "downloaded again") from error
-        # A title line, then the merges by rank; CLIP uses the first 48,894 of them, so that the vocabulary
-        # has 49,152 + 256 = 49,408 tokens.
-        merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
-        if len(merges) < 49152 - 256 - 2 or any(len(pair) != 2 for pair in merges):
-            raise ValueError(f"{path} is not CLIP's BPE vocabulary of 48,894 merges; delete it to have it "
-                             "downloaded again")
+                lines = file.read().split("\n")[1:count + 1]  # behind a title, the merges by rank
+            merges = [(left, right) for left, right in map(str.split, lines)]
+            if len(merges) < count:
+                raise ValueError(f"{len(merges)} merges")
+        except (OSError, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is not CLIP's BPE vocabulary of {count:,} merges ({error}); delete it to have "
+                             "it downloaded again") from error
         return cls(merges)
 
     def encode(self, text):
-        """Ids of one text, without start and end. Unicode is mended, HTML entities resolved (twice, as
-        OpenAI does), white space folded, upper case lowered."""
+        """Ids of one text, without start and end. As OpenAI does: Unicode is mended, HTML entities resolved (twice),
+        white space folded, upper case lowered."""
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = regex.sub(r"\s+", " ", text).strip().lower()
         return [i for word in self.WORDS.findall(text) for i in self._word_ids(word)]
 
     def _word_ids(self, word):
         if word not in self._of_word:
-            if word in ("<|startoftext|>", "<|endoftext|>"):
-                parts = [word]
-            else:
-                parts = [byte_alphabet()[b] for b in word.encode("utf-8")]
-                parts[-1] += "</w>"
+            parts = [byte_alphabet()[b] for b in word.encode("utf-8")]
+            parts[-1] += "</w>"
             while len(parts) > 1:  # merge the pair of lowest rank, everywhere, until no pair is known
-                left, right = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
-                if (left, right) not in self.rank:
+                best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
+                if best not in self.rank:
                     break
-                merged, i = [], 0
-                while i < len(parts):
-                    if parts[i:i + 2] == [left, right]:
-                        merged.append(left + right)
-                        i += 2
+                merged = []
+                for part in parts:
+                    if merged and (merged[-1], part) == best:
+                        merged[-1] += part
                     else:
-                        merged.append(parts[i])
-                        i += 1
+                        merged.append(part)
                 parts = merged
             self._of_word[word] = [self.ids[part] for part in parts]
         return self._of_word[word]
 
     def __call__(self, texts, context_length=77, truncate=False):
-        """[SOT] ids [EOT] 0 0 ... -> (N, context_length) int64. A text too long is an error that names it,
-        or is cut, its last place kept for EOT, when `truncate` is true."""
+        """str or list of N str -> [SOT] ids [EOT] 0 0 ..., (N, context_length) int64. A text too long is an error that
+        names it, or is cut, its last place kept for EOT, when `truncate` is true."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)  # (N, context_length)
         for row, text in zip(tokens, texts):
-            ids = [self.start, *self.encode(text), self.end]
-            if len(ids) > context_length:
-                if not truncate:
-                    raise ValueError(f"text of {len(ids)} tokens does not fit into {context_length}: {text!r}; "
-                                     "shorten it or pass truncate=True")
-                ids = ids[:context_length - 1] + [self.end]
+            ids = [self.start, *self.encode(text)]
+            if len(ids) >= context_length and not truncate:
+                raise ValueError(f"text of {len(ids) + 1} tokens does not fit into {context_length}: {text!r}; "
+                                 "shorten it or pass truncate=True")
+            ids = ids[:context_length - 1] + [self.end]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
 
 
-@lru_cache
-def openai_tokenizer(bpe_path=None):
-    return Tokenizer.from_file(bpe_path)
-
-
 def tokenize(texts, context_length=77, truncate=False, bpe_path=None):
     """OpenAI's vocabulary: str or list of N str -> (N, context_length) int64."""
-    return openai_tokenizer(bpe_path)(texts, context_length, truncate)
+    return Tokenizer.from_file(bpe_path)(texts, context_length, truncate)
 
 
 # --- Transformer --------------------------------------------------------------------------------------------
@@ -228,7 +220,7 @@ class QuickGELU(nn.Module):
     """OpenAI's approximation of GELU; the weights were trained with it, so exact GELU would be wrong."""
 
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return x * (1.702 * x).sigmoid_()  # in place: one tensor of four times the width fewer
 
 
 class Attention(nn.Module):
@@ -256,6 +248,14 @@ class Attention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))    # (B, N or rows, E)
 
 
+def nearness(h, w, like, std=5.0):
+    """NACLIP's bonus for neighbours (its released std): exp(-d^2 / (2 std^2)) for patches of the h x w grid that are d
+    patches apart, 0 for the class token: (n, 1 + n), of the type and on the device of `like`."""
+    sides = (torch.arange(side, dtype=like.dtype, device=like.device) for side in (h, w))
+    rows, columns = (torch.exp(-(i[:, None] - i).square() / (2 * std ** 2)) for i in sides)  # (h, h), (w, w)
+    return F.pad(torch.kron(rows, columns), (1, 0))  # a Gaussian of d is one of the rows times one of the columns
+
+
 class ResidualAttentionBlock(nn.Module):
     """x + attention, then x + two-layer perceptron, both behind a layer norm (pre-norm)."""
 
@@ -263,10 +263,8 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", activation())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=activation(),
+                                             c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x, mask=None, rows=None):
@@ -279,6 +277,31 @@ class ResidualAttentionBlock(nn.Module):
         value, projected, which equals a 1x1 convolution of the grid. The paper does not mention the residual
         and the perceptron; the released code keeps both, as MaskCLIP does, and so do we. (B, N, E) -> same"""
         x = x + self.attn.out_proj(self.attn.project(self.ln_1(x), 2).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.ln_2(x))
+
+    def read_patches(self, x, size, attention):
+        """The last block as segmenters read it: tokens (B, 1 + n, E) of a grid of `size` (h, w) -> (B, n, E).
+
+        "maskclip"   MaskCLIP (Zhou et al., ECCV 2022), the paper's: value_path
+        "sclip"      SCLIP (Wang et al., ECCV 2024): queries read queries, keys read keys, and both are added
+        "clearclip"  ClearCLIP (Lan et al., ECCV 2024): queries read queries; no residual, no perceptron
+        "naclip"     Pay Attention to Your Neighbours (Hajimiri et al., WACV 2025), its "reduced" form: keys read keys,
+                     near ones more; no residual, no perceptron
+        """
+        if attention == "maskclip":
+            return self.value_path(x[:, 1:])                        # the class token ends here
+        y, read = self.ln_1(x), F.scaled_dot_product_attention
+        q, k, v = (self.attn.project(y, part) for part in range(3))  # (B, heads, 1 + n, E / heads)
+        if attention == "naclip":
+            out = read(k[:, :, 1:], k, v, attn_mask=nearness(*size, v))
+        else:
+            out = read(q[:, :, 1:], q, v)                           # (B, heads, n, E / heads)
+        if attention == "sclip":
+            out = out + read(k[:, :, 1:], k, v)
+        out = self.attn.out_proj(out.transpose(1, 2).flatten(2))    # (B, n, E)
+        if attention != "sclip":
+            return out
+        x = x[:, 1:] + out
         return x + self.mlp(self.ln_2(x))
 
 
@@ -321,10 +344,16 @@ class VisionTransformer(nn.Module):
         first = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)
         return self.ln_pre(torch.cat([first.to(x.dtype), x], dim=1)), (h, w)        # (B, 1 + n, E)
 
+    def before_last(self, images):
+        """The tokens (B, 1 + n, E) as the last block finds them, and the grid's size (h, w)."""
+        x, size = self.embed(images)
+        for block in self.transformer.resblocks[:-1]:
+            x = block(x)
+        return x, size
+
 
 class CLIP(nn.Module):
-    """CLIP with a vision transformer. Attributes: `.tokenizer`, `.source` (name or path) and `.sha256`
-    of the file it came from (set by load_clip)."""
+    """CLIP with a vision transformer. load_clip sets .tokenizer, .source (name or path) and .sha256 of its file."""
 
     def __init__(self, embed_dim, patch, vision_width, vision_layers, grid, context_length, vocab_size,
                  text_width, text_layers, quick_gelu=True):
@@ -342,7 +371,7 @@ class CLIP(nn.Module):
         self.tokenizer, self.source, self.sha256 = None, None, None
 
     def tokenizer_or_default(self):
-        tokenizer = self.tokenizer or openai_tokenizer()
+        tokenizer = self.tokenizer or Tokenizer.from_file()
         if tokenizer.end != self.eot:
             raise ValueError(f"{self.source} has {self.eot + 1} tokens, the tokenizer {tokenizer.end + 1}: save the "
                              "weights as {'state_dict': ..., 'merges': ...} with their own merge list")
@@ -354,23 +383,19 @@ class CLIP(nn.Module):
 
     def encode_image(self, images):
         """Normalised pictures (B, 3, H, W) -> (B, D), not normalised."""
-        x, _ = self.visual.embed(images)                    # (B, 1 + n, E)
-        *blocks, last = self.visual.transformer.resblocks
-        for block in blocks:
-            x = block(x)
-        x = last(x, rows=[0])[:, 0]                         # (B, E): only the class token is read
-        return self.visual.ln_post(x) @ self.visual.proj    # (B, D)
+        x, _ = self.visual.before_last(images)                                      # (B, 1 + n, E)
+        x = self.visual.transformer.resblocks[-1](x, rows=[0])[:, 0]                # (B, E): only the class token
+        return self.visual.ln_post(x) @ self.visual.proj                            # (B, D)
 
-    def encode_image_dense(self, images):
+    def encode_image_dense(self, images, attention="maskclip"):
         """Normalised pictures (B, 3, H, W) -> patch features Z in the joint space (B, D, h, w), not normalised,
-        with h = ceil(H / patch): MaskCLIP's reading of CLIP (Sec. 3.1)."""
-        x, size = self.visual.embed(images)                 # (B, 1 + n, E)
-        *blocks, last = self.visual.transformer.resblocks
-        for block in blocks:
-            x = block(x)
-        x = last.value_path(x[:, 1:])                       # (B, n, E): the class token ends here
-        x = self.visual.ln_post(x) @ self.visual.proj       # (B, n, D)
-        return x.transpose(1, 2).unflatten(2, size)         # (B, D, h, w)
+        with h = ceil(H / patch). attention: one of ATTENTIONS (read_patches); "maskclip" is the paper's (Sec. 3.1)."""
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention is {attention!r}; it must be one of {', '.join(ATTENTIONS)}")
+        x, size = self.visual.before_last(images)                                   # (B, 1 + n, E)
+        x = self.visual.transformer.resblocks[-1].read_patches(x, size, attention)  # (B, n, E)
+        x = self.visual.ln_post(x) @ self.visual.proj                               # (B, n, D)
+        return x.transpose(1, 2).unflatten(2, size)                                 # (B, D, h, w)
 
     def to_pixels(self, grid, height, width):
         """(B, C, h, w) on patches -> (B, C, height, width) on pixels, bilinear, the padded part cut off."""
@@ -387,28 +412,14 @@ class CLIP(nn.Module):
         x = x[torch.arange(len(x)), end]                    # (N, E)
         return self.ln_final(x) @ self.text_projection      # (N, D)
 
-    def encode_prompted_plain(self, prompt, names):
-        """The texts [SOT] v_1..v_L [name] [EOT] (Eq. 1), each encoded on its own. Slow, for reading and testing.
-        prompt (L, E); names: C lists of token ids -> (C, D)"""
-        texts = []
-        for name in names:
-            ids = torch.tensor([self.sot, *name, self.eot], device=prompt.device)
-            first, rest = self.token_embedding(ids).split([1, len(name) + 1])
-            x = torch.cat([first, prompt, rest])            # (1 + L + len(name) + 1, E)
-            x = (x + self.positional_embedding[:len(x)])[None]
-            for block in self.transformer.resblocks:
-                x = block(x, "causal")
-            texts.append(self.ln_final(x[0, -1]) @ self.text_projection)
-        return torch.stack(texts)                           # (C, D)
-
     def encode_prompted(self, prompt, names):
-        """The same as encode_prompted_plain, exactly, an order of magnitude faster.
+        """The texts [SOT] v_1..v_L [name] [EOT] (Eq. 1): prompt (L, E); names: C lists of token ids -> (C, D).
 
-        All texts share [SOT] v_1..v_L, and the transformer is causal, so the states of that prefix do not
-        depend on what follows: it is encoded once. Behind it the names lie packed,
+        The same as one text at a time, an order of magnitude faster. All share [SOT] v_1..v_L, and as the transformer
+        is causal, the states of that prefix do not depend on what follows: it is encoded once. Behind it lie the names,
             SOT v_1 .. v_L | name_1 EOT | name_2 EOT | ... ,
-        and the mask lets each token read the prefix and its own name only: 117 positions instead of 20 x 77
-        for VOC. Of the last block only the EOT positions are computed.
+        and the mask lets each token read the prefix and its own name only: 117 positions instead of 20 x 77 for VOC.
+        Of the last block only the EOT positions are computed.
         """
         P, ends = 1 + len(prompt), [len(name) + 1 for name in names]
         ids = torch.tensor([i for name in names for i in (*name, self.eot)], device=prompt.device)      # (T,)
@@ -464,48 +475,41 @@ def build_clip(state, quick_gelu=True):
                     text_layers=layers("transformer.resblocks."), quick_gelu=quick_gelu)
 
 
-class _Holder:
-    """Stands in for every class of a TorchScript archive: it keeps the attributes and runs nothing."""
-
-
 def read_torchscript(path):
     """All tensors of a TorchScript archive as {dotted name: tensor}, without executing anything from it.
 
-    Such an archive is a zip: data.pkl is the tree of modules, data/0, data/1, ... are the raw storages. The
-    unpickler below knows tensors and the module tree and refuses every other name, so a hostile file can
-    do no more than fail. (torch.jit.load would run its code; torch.load(weights_only=True) refuses it.)
+    Such an archive is a zip: data.pkl is the tree of modules, data/0, data/1, ... are the raw storages. The unpickler
+    knows tensors and the module tree and refuses every other name, so a hostile file can do no more than fail.
+    (torch.jit.load would run its code; torch.load(weights_only=True) refuses it.)
     """
-    dtypes = {f"{name}Storage": dtype for name, dtype in dict(
-        Half=torch.float16, BFloat16=torch.bfloat16, Float=torch.float32, Double=torch.float64, Long=torch.int64,
-        Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
-
     def tensor_from(flat, offset, size, stride, *unused):
         return flat.as_strided(size, stride, offset)  # raises when it would reach outside the storage
+
+    known = {("torch", f"{name}Storage"): dtype for name, dtype in dict(
+        Half=torch.float16, BFloat16=torch.bfloat16, Float=torch.float32, Double=torch.float64, Long=torch.int64,
+        Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
+    known |= {("torch._utils", "_rebuild_tensor_v2"): tensor_from, ("collections", "OrderedDict"): dict}
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if module.startswith("__torch__"):
-                return type(name, (_Holder,), {})
-            if module == "torch" and name in dtypes:
-                return dtypes[name]
-            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-                return tensor_from
-            if (module, name) == ("collections", "OrderedDict"):
-                return dict
+                return SimpleNamespace  # for every class of the archive: it keeps attributes and runs nothing
             if module == "torch.jit._pickle" and name.startswith("build_"):
                 return list
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            if (module, name) not in known:
+                raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            return known[module, name]
 
         def persistent_load(self, record):
             _, dtype, key, _, count = record
             raw = bytearray(archive.read(f"{root}/data/{key}"))
             return torch.frombuffer(raw, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
 
-    def flatten(holder, prefix=""):
-        for name, value in vars(holder).items():
+    def flatten(module, prefix=""):
+        for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 yield prefix + name, value
-            elif isinstance(value, _Holder):
+            elif isinstance(value, SimpleNamespace):
                 yield from flatten(value, prefix + name + ".")
 
     with zipfile.ZipFile(path) as archive:
@@ -528,13 +532,13 @@ def read_state(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             if "state_dict" in state:
                 state, merges = state["state_dict"], state.get("merges")
-        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        scalars = ("input_resolution", "context_length", "vocab_size")  # they stand beside the weights
+        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()
+                 if key not in scalars}
     except Exception as error:  # whatever a broken or hostile file provokes ends in one sentence
         reason = str(error).split("\n")[0][:200]
         raise ValueError(f"cannot read CLIP weights from {path} (truncated, not a checkpoint, or unsafe): "
                          f"{reason}") from error
-    for key in ("input_resolution", "context_length", "vocab_size"):  # scalars beside the weights
-        state.pop(key, None)
     return state, merges
 
 

@@ -3,12 +3,13 @@
 What stands here, in the paper's order
     PROMPTS, query_text_features    Sec. 3.1   W_q, the frozen classifier
     ReferencePrompt                 Eq. (1)    W_r, from learnable word vectors: class-preference bias
-    PositionalBias                  Sec. 3.3   M_p, from CLIP's positional embedding: space-preference bias
+    PositionalBias, ConstantBias    Sec. 3.3   M_p, from CLIP's positional embedding: space-preference bias; its control
     bias_logits, rectify_logits     Eq. (2, 3) M_b = M_r + M_p;  M = M_q - M_b
     gumbel_softmax_masks            Eq. (4)    differentiable hard masks
     image_level_labels              Sec. 3.4   which classes does the picture hold?
     masked_features, contrastive_loss  Eq. (5)
     ReCLIP                          all of that as one module, with save and load
+    segment, slide                  masks of pixels from logits of patches; sliding windows
     mask_guided_loss, feature_guided_loss, text_guided_loss, distillation_loss   Eq. (6), (7), Sec. 3.5, Eq. (8)
 
 Symbols
@@ -24,11 +25,13 @@ Copied elsewhere (with clip_model.py), it is used like this:
     labels = model.image_labels(thumbnails, threshold=23, top_k=2)   # thumbnails (B, 3, 224, 224)
     loss = model.loss(model.features(pictures), labels); loss.backward()
     masks = model.eval()(pictures).rectified.argmax(1)               # (B, h, w)
+    mask = segment(model(picture).rectified, model.cell, (H, W), (H, W))  # (H, W)
 
 Where the paper and its authors' released code differ, a comment says so and a named argument offers both.
 """
 
 import hashlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,7 +39,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clip_model import load_clip, normalise, show, written_atomically
+from clip_model import ATTENTIONS, load_clip, normalise, show, written_atomically
+
+IGNORE = 255  # in masks: no class
 
 
 # --- Sec. 3.1: the Query -----------------------------------------------------------------------------------
@@ -93,7 +98,7 @@ class ReferencePrompt(nn.Module):
         length = min(length, clip.context_length - 2 - max(map(len, self.names)))
         if length < 1:
             raise ValueError(f"no room for a prompt: of this CLIP's {clip.context_length} tokens the longest class "
-                             f"name needs {max(map(len, self.names))}, or prompt_length is negative")
+                             f"name needs {max(map(len, self.names))}, or prompt_length is below 1")
         # Released: all vectors start as the embedding of token 0 ("!"). They leave each other because each
         # stands at another place of the text.
         self.vectors = nn.Parameter(clip.token_embedding.weight[0].detach().repeat(length, 1))  # (L, E)
@@ -133,6 +138,22 @@ class PositionalBias(nn.Module):
         return self.gain * self.net(positional_grid)
 
 
+class ConstantBias(nn.Module):
+    """A control in the place of PositionalBias (ours): one learnt number a class, the same at every position; it tells
+    what the positional net gains by knowing the place. (1, E, h, w) -> (1, channels, h, w)
+
+    gain: a number receives the gradients of all positions at once and would never settle; the factor calms it.
+    """
+    gain = 0.1
+
+    def __init__(self, channels):
+        super().__init__()
+        self.numbers = nn.Parameter(torch.zeros(channels))  # (C,)
+
+    def forward(self, positional_grid):
+        return self.gain * self.numbers[:, None, None].expand(1, -1, *positional_grid.shape[2:])
+
+
 # --- Sec. 3.4: rectification and its loss -------------------------------------------------------------------
 
 def segmentation_logits(features, text_features):
@@ -145,9 +166,9 @@ def bias_logits(reference_logits, positional_logits):
     return reference_logits + positional_logits
 
 
-def rectify_logits(query_logits, bias):
-    """Eq. (3): M = M_q - M_b"""
-    return query_logits - bias
+def rectify_logits(query_logits, bias, subtract=True):
+    """Eq. (3): M = M_q - M_b; without subtract, Table 5's other choice: M_q + M_b"""
+    return query_logits - bias if subtract else query_logits + bias
 
 
 def gumbel_softmax_masks(rectified_logits, tau_1=0.001):
@@ -166,6 +187,14 @@ def image_level_labels(similarity, threshold, top_k):
     labels = similarity > threshold
     best = torch.zeros_like(labels).scatter_(1, similarity.topk(min(top_k, similarity.shape[1]), dim=1).indices, True)
     return torch.where(labels.any(1, keepdim=True), labels, best)
+
+
+def label_histogram(labels, class_names):
+    """How many pictures each class was found in, as text: do the names fit? labels: {name: class indices}"""
+    counts = [sum(c in found for found in labels.values()) for c in range(len(class_names))]
+    return "\n".join([f"pictures that each class was found in, of {len(labels)}:", *(
+        f"  {name:<20}{n:6}  {'#' * math.ceil(40 * n / len(labels)) or 'never: try a synonym, name | synonym'}"
+        for name, n in zip(class_names, counts))])
 
 
 def masked_features(features, masks, pool="global"):
@@ -207,32 +236,43 @@ class ReCLIP(nn.Module):
 
     class_names: C strings. prompt_length: 0 for no Reference. positional_channels: None for C; 1 as the paper
     prints; 0 for no positional net (Table 4's second row). tau: None for 1 / (CLIP's own logit scale), 0.01 for
-    OpenAI's. The other arguments stand with the functions above that use them.
+    OpenAI's. attention: how CLIP's last block is read (CLIP.encode_image_dense).
+    The other arguments stand with the functions above that use them. Ablations and a control:
+    query_learnable: Table 3, a learnt prompt behind M_q too. Both prompts start alike, M_q and M_r differ only in scale
+        then. Eq. (5) keeps CLIP's W_q (ours): a loss that could move its own targets would have a trivial minimum.
+    subtract: Table 5, False adds the bias. constant_bias: True puts ConstantBias in the place of the positional net.
     """
 
-    def __init__(self, clip, class_names, *, prompt_length=73, reference_norm="frobenius",
-                 positional_channels=None, positional_last_relu=True, positional_gain=1.0,
-                 tau_1=0.001, tau=None, pool="global", prompts=PROMPTS, W_q=None):
+    def __init__(self, clip, class_names, *, prompt_length=73, reference_norm="frobenius", query_learnable=False,
+                 positional_channels=None, positional_last_relu=True, positional_gain=1.0, constant_bias=False,
+                 subtract=True, attention="maskclip", tau_1=0.001, tau=None, pool="global", prompts=PROMPTS, W_q=None):
         super().__init__()
-        if pool not in ("global", "mask"):
-            raise ValueError(f"pool is {pool!r}; it must be 'global' or 'mask'")
+        for name, value, choices in (("pool", pool, ("global", "mask")), ("attention", attention, ATTENTIONS)):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
         names = [part.strip() for name in class_names for part in name.split("|")]
         if isinstance(class_names, str) or len(class_names) < 2 or len(set(names)) < len(names) or "" in names:
             raise ValueError(f"class names must be a list of two or more, all different, none empty: {class_names}")
         if positional_channels not in (None, 0, 1, len(class_names)):
             raise ValueError(f"positional_channels is {positional_channels}; it must be 0, 1 or the number of classes")
-        self.settings = dict(prompt_length=prompt_length, reference_norm=reference_norm,
-                             positional_channels=positional_channels, positional_last_relu=positional_last_relu,
-                             positional_gain=positional_gain, tau_1=tau_1, tau=tau, pool=pool)
+        self.settings = dict(
+            prompt_length=prompt_length, reference_norm=reference_norm, query_learnable=query_learnable,
+            positional_channels=positional_channels, positional_last_relu=positional_last_relu,
+            positional_gain=positional_gain, constant_bias=constant_bias, subtract=subtract, attention=attention,
+            tau_1=tau_1, tau=tau, pool=pool)
         self.clip, self.class_names = clip.requires_grad_(False).eval(), tuple(class_names)
-        self.tau_1, self.pool = tau_1, pool
+        self.attention, self.subtract = attention, subtract
+        self.tau_1, self.pool, self.cell = tau_1, pool, clip.visual.patch  # cell: side of a patch, pixels
         self.tau = 1 / clip.logit_scale.exp().item() if tau is None else tau
         self.register_buffer("W_q", query_text_features(clip, class_names, prompts) if W_q is None else W_q)  # (C, D)
+        self.query = ReferencePrompt(clip, class_names, prompt_length, "class") if query_learnable else None
         self.reference = ReferencePrompt(clip, class_names, prompt_length, reference_norm) if prompt_length else None
         channels = len(class_names) if positional_channels is None else positional_channels
         width = clip.visual.class_embedding.numel()
         self.positional = PositionalBias(width, channels, positional_last_relu, positional_gain) if channels else None
-        self._known = {}  # in eval mode W_r and M_p do not change: computed once
+        if constant_bias:
+            self.positional = ConstantBias(len(class_names))
+        self._known = {}  # in eval mode texts and M_p do not change: computed once
         self.register_load_state_dict_post_hook(lambda module, keys: module._known.clear())
         self.to(clip.logit_scale.device)
 
@@ -252,18 +292,24 @@ class ReCLIP(nn.Module):
     @torch.no_grad()
     def features(self, pictures):
         """Z: (B, 3, H, W) in [0, 1] -> (B, D, h, w), each patch of length 1. No gradient: CLIP is frozen."""
-        return F.normalize(self.clip.encode_image_dense(normalise(pictures)), dim=1)
+        return F.normalize(self.clip.encode_image_dense(normalise(pictures), self.attention), dim=1)
+
+    def heads(self):
+        """The weights of the two segmentation heads, W_q or what was learnt in its place, and W_r: (C, D) each."""
+        query = self._once("query", lambda: self.query(self.clip)) if self.query else self.W_q
+        if not self.reference:
+            return query, torch.zeros_like(query)
+        return query, self._once("reference", lambda: self.reference(self.clip))
 
     def rectify(self, Z):
         """Eq. (1)-(3) on features Z (B, D, h, w), all parts by name."""
-        query = segmentation_logits(Z, self.W_q)
-        reference, positional = torch.zeros_like(query), query.new_zeros(1, 1, *Z.shape[2:])
-        if self.reference:
-            reference = segmentation_logits(Z, self._once("W_r", lambda: self.reference(self.clip)))
+        query, reference = (segmentation_logits(Z, W) for W in self.heads())
+        h, w = Z.shape[2:]
+        positional = Z.new_zeros(1, 1, h, w)
         if self.positional:
-            h, w = Z.shape[2:]
             positional = self._once((h, w), lambda: self.positional(self.clip.visual.positional_grid(h, w)))
-        return Logits(query, reference, positional, rectify_logits(query, bias_logits(reference, positional)), Z)
+        rectified = rectify_logits(query, bias_logits(reference, positional), self.subtract)
+        return Logits(query, reference, positional, rectified, Z)
 
     def forward(self, pictures):
         return self.rectify(self.features(pictures))
@@ -282,6 +328,15 @@ class ReCLIP(nn.Module):
         """Pseudo-labels of Sec. 3.4 -> (B, C) bool."""
         return image_level_labels(self.image_similarity(thumbnails), threshold, top_k)
 
+    def label_pictures(self, batches, threshold, top_k, progress):
+        """Pseudo-labels of many pictures: batches of (thumbnails, names) -> {name: list of class indices}"""
+        labels = {}
+        for thumbnails, names in batches:
+            found = self.image_labels(thumbnails.to(self.W_q.device), threshold, top_k)
+            labels |= {name: row.nonzero()[:, 0].tolist() for name, row in zip(names, found.cpu())}
+            progress(len(labels))
+        return labels
+
     def loss(self, Z, labels):
         """Eq. (1)-(5): features Z (B, D, h, w), image-level labels (B, C) bool -> scalar."""
         logits = self.rectify(Z)
@@ -291,7 +346,7 @@ class ReCLIP(nn.Module):
     # -- what was learnt, alone -------------------------------------------------------------------------
 
     def learnt(self):
-        """The prompt vectors, the positional net and W_q (kept so that loading needs no 85 x C texts)."""
+        """The prompts' vectors, the positional net and W_q (kept so that loading needs no 85 x C texts)."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("clip.")}
 
     def fingerprint(self):
@@ -330,6 +385,55 @@ class ReCLIP(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
         return model.to(device).eval()
+
+
+# --- From logits to masks ----------------------------------------------------------------------------------
+
+def strong_classes(logits, threshold, scale=100.0):
+    """Indices of the classes whose best probability softmax(scale * M) in the picture reaches the threshold, of all
+    classes if none does: (1, C, h, w) -> (kept,). Not in the paper; the released evaluation does it."""
+    best = (scale * logits).softmax(1).amax((0, 2, 3))  # (C,)
+    kept = best >= threshold
+    return (kept | ~kept.any()).nonzero()[:, 0]
+
+
+def segment(logits, cell, size, label_size, denoise=0.0, background=0.0, scale=100.0):
+    """Logits on cells -> class index of each pixel of the label: (1, C, h, w) -> (H0, W0) uint8.
+
+    cell: side of a cell of the grid in pixels of the picture that the network saw, whose size is (H, W): h cells may
+        reach over its edge. The grid is read bilinearly at the centre of each of the label's pixels. (The released
+        code stretches the padded grid onto the unpadded picture, which shifts masks by up to 15 pixels.)
+    background: pixels whose best probability, softmax(scale * M), stays below it become IGNORE; 0: none.
+    """
+    kept = strong_classes(logits, denoise)
+    # place of each pixel in the grid, -1 .. 1, held between the centres of the outermost cells
+    y, x = (((torch.arange(pixels, device=logits.device) + 0.5) * (2 * side / pixels / (cells * cell)) - 1)
+            .clamp(1 / cells - 1, 1 - 1 / cells) for pixels, side, cells in zip(label_size, size, logits.shape[2:]))
+    strips = []
+    for rows in y.split(max(1, 2 ** 24 // (len(kept) * len(x)))):  # a large picture at once would not fit into memory
+        places = torch.stack(torch.meshgrid(x, rows, indexing="xy"), -1)                   # (1, rows, W0, 2) below
+        pixels = F.grid_sample(logits[:, kept], places[None], align_corners=False)[0]      # (kept, rows, W0)
+        strip = kept[pixels.argmax(0)]                                                     # (rows, W0)
+        if background:
+            strip[(scale * pixels).softmax(0).amax(0) < background] = IGNORE
+        strips.append(strip.byte())
+    return torch.cat(strips)
+
+
+def slide(logits_of, picture, cell, window, stride):
+    """Logits of a picture (1, 3, H, W) from overlapping windows of `window` pixels, `stride` apart: each sees its part
+    alone, the logits that cover a cell are averaged -> (1, C, h, w), the grid that the whole picture would give.
+    Windows start at whole cells, so that all share one grid: memory does not grow with the picture's pixels."""
+    h, w = (-(-side // cell) for side in picture.shape[2:])
+    n, step = window // cell, stride // cell
+    top, left = ([min(i, max(cells - n, 0)) for i in range(0, max(cells - n, 0) + step, step)] for cells in (h, w))
+    total, count = None, picture.new_zeros(h, w)
+    for i, j in ((i, j) for i in top for j in left):
+        part = logits_of(picture[..., i * cell:(i + n) * cell, j * cell:(j + n) * cell])   # (1, C, n or less, same)
+        total = part.new_zeros(1, part.shape[1], h, w) if total is None else total
+        total[..., i:i + n, j:j + n] += part
+        count[i:i + n, j:j + n] += 1
+    return total / count                                                                   # (1, C, h, w)
 
 
 # --- Sec. 3.5: distillation --------------------------------------------------------------------------------

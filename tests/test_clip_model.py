@@ -373,6 +373,73 @@ def test_encode_image_dense(clip, height, width):
     close(clip.encode_image_dense(image[None]), expected)
 
 
+def plain_reading(state, tokens, size, attention):
+    """SCLIP, ClearCLIP, NACLIP patch by patch: tokens (1 + n, E) before the last block of 2 heads -> (D, h, w)"""
+    key = "visual.transformer.resblocks.1."
+    y = layer_norm(state, key + "ln_1.", tokens)
+    out = torch.zeros_like(tokens)
+    for head in range(2):
+        rows = [slice(128 * part + 64 * head, 128 * part + 64 * (head + 1)) for part in range(3)]
+        q, k, v = (y @ state[key + "attn.in_proj_weight"][r].T + state[key + "attn.in_proj_bias"][r] for r in rows)
+        for i in range(1, len(tokens)):
+            for a in {"sclip": (q, k), "clearclip": (q,), "naclip": (k,)}[attention]:
+                logits = [(a[i] * a[j]).sum() / 8 for j in range(len(tokens))]  # 8: the root of a head's width
+                if attention == "naclip":
+                    for j in range(1, len(tokens)):
+                        (y1, x1), (y2, x2) = divmod(i - 1, size[1]), divmod(j - 1, size[1])
+                        logits[j] += math.exp(-((y1 - y2) ** 2 + (x1 - x2) ** 2) / 50)  # std 5
+                weights = torch.stack(logits).exp()
+                out[i, 64 * head:64 * (head + 1)] += (weights / weights.sum()) @ v
+    x = (out @ state[key + "attn.out_proj.weight"].T + state[key + "attn.out_proj.bias"])[1:]
+    if attention == "sclip":
+        x = tokens[1:] + x
+        x = x + perceptron(state, key, layer_norm(state, key + "ln_2.", x), quick_gelu)
+    return (layer_norm(state, "visual.ln_post.", x) @ state["visual.proj"]).T.unflatten(1, size)
+
+
+@pytest.mark.parametrize("height, width", [(13, 22), (20, 8)])  # grids of 4 x 6 and 5 x 2
+@pytest.mark.parametrize("attention", ["sclip", "clearclip", "naclip"])
+def test_readings_of_the_last_block(clip, attention, height, width):
+    clip = clip.double()
+    state, images = clip.state_dict(), torch.randn(2, 3, height, width, dtype=torch.float64)
+    size = (math.ceil(height / 4), math.ceil(width / 4))
+    expected = []
+    for image in images:
+        tokens = plain_block(state, "visual.transformer.resblocks.0.", plain_embed(state, image, 4, 3))[0]
+        expected.append(plain_reading(state, tokens, size, attention))
+    close(clip.encode_image_dense(images, attention), torch.stack(expected))
+    close(clip.float().encode_image_dense(images.float(), attention), torch.stack(expected).float(), 1e-4)
+
+
+def test_readings_differ_and_the_default_is_the_papers(clip):
+    images = torch.randn(1, 3, 13, 22)
+    dense = [clip.encode_image_dense(images, attention) for attention in clip_model.ATTENTIONS]
+    assert torch.equal(dense[0], clip.encode_image_dense(images)) and len(dense) == 4
+    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(dense) for b in dense[:i])
+
+
+def test_nearness():
+    bonus = clip_model.nearness(2, 3, torch.empty(0, dtype=torch.float64), std=1.5)
+    expected = torch.zeros(6, 7, dtype=torch.float64)  # patches x (class token, patches)
+    for i in range(6):
+        for j in range(6):
+            d2 = (i // 3 - j // 3) ** 2 + (i % 3 - j % 3) ** 2
+            expected[i, 1 + j] = math.exp(-d2 / (2 * 1.5 ** 2))
+    close(bonus, expected, 1e-15)
+
+
+def test_unknown_reading(clip):
+    with pytest.raises(ValueError, match="'maskclap'; it must be one of maskclip, sclip, clearclip, naclip"):
+        clip.encode_image_dense(torch.zeros(1, 3, 8, 8), "maskclap")
+
+
+def test_quick_gelu_and_its_gradient():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    activation = clip_model.QuickGELU()
+    close(activation(x), quick_gelu(x), 1e-14)
+    assert torch.autograd.gradcheck(activation, x)  # nothing written in place is needed again
+
+
 def test_positional_grid(clip):
     # p of Sec. 3.3: row-major, the class token left out, bicubic for other sizes
     grid = clip.visual.positional_grid(3, 3)
@@ -416,12 +483,27 @@ def test_normalise():
 NAMES = [[5, 6], [7], [5, 9, 10], [11, 12, 13, 14], [7]]
 
 
+def encode_prompted_plain(clip, prompt, names):
+    """CLIP.encode_prompted without its tricks: each text [SOT] v_1..v_L [name] [EOT] is encoded on its own.
+    prompt (L, E); names: C lists of token ids -> (C, D)"""
+    texts = []
+    for name in names:
+        ids = torch.tensor([clip.sot, *name, clip.eot])
+        first, rest = clip.token_embedding(ids).split([1, len(name) + 1])
+        x = torch.cat([first, prompt, rest])                # (1 + L + len(name) + 1, E)
+        x = (x + clip.positional_embedding[:len(x)])[None]
+        for block in clip.transformer.resblocks:
+            x = block(x, "causal")
+        texts.append(clip.ln_final(x[0, -1]) @ clip.text_projection)
+    return torch.stack(texts)                               # (C, D)
+
+
 def test_prompted_texts_share_their_prefix_exactly(clip):
     # the packed computation and one text at a time: same values, same gradient
     clip = clip.double()
     prompts = [torch.randn(7, 128, dtype=torch.float64).mul_(0.1).requires_grad_() for _ in range(2)]
     prompts[1].data.copy_(prompts[0].data)
-    fast, plain = clip.encode_prompted(prompts[0], NAMES), clip.encode_prompted_plain(prompts[1], NAMES)
+    fast, plain = clip.encode_prompted(prompts[0], NAMES), encode_prompted_plain(clip, prompts[1], NAMES)
     weight = torch.randn_like(plain)
     (fast * weight).sum().backward()
     (plain * weight).sum().backward()
@@ -430,12 +512,12 @@ def test_prompted_texts_share_their_prefix_exactly(clip):
     close(prompts[0].grad, prompts[1].grad, 1e-9)
 
 
-@pytest.mark.parametrize("method", ["encode_prompted", "encode_prompted_plain"])
-def test_prompt_of_real_words_is_a_text(clip, method):
+@pytest.mark.parametrize("encode", [CLIP.encode_prompted, encode_prompted_plain])
+def test_prompt_of_real_words_is_a_text(clip, encode):
     # Eq. 1 with v_l = the embeddings of words is the text of these words, followed by the name
     clip = clip.double()
     words = [20, 21, 22]
-    W = getattr(clip, method)(clip.token_embedding.weight[words], NAMES)
+    W = encode(clip, clip.token_embedding.weight[words], NAMES)
     expected = torch.stack([plain_text(clip.state_dict(), [clip.sot, *words, *name, clip.eot]) for name in NAMES])
     close(W, expected)
 

@@ -1,5 +1,6 @@
 """reclip.py against independent computations: literal loops over Eq. (1)-(5), closed forms, statistics."""
 
+import inspect
 import os
 import pickle
 
@@ -9,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import reclip
-from clip_model import load_clip, normalise
-from reclip import (PROMPTS, PositionalBias, ReCLIP, ReferencePrompt, bias_logits, contrastive_loss,
+from clip_model import ATTENTIONS, load_clip, normalise
+from reclip import (PROMPTS, ConstantBias, PositionalBias, ReCLIP, ReferencePrompt, bias_logits, contrastive_loss,
                     gumbel_softmax_masks, image_level_labels, masked_features, query_text_features, rectify_logits,
                     segmentation_logits)
+from test_clip_model import encode_prompted_plain
 
 CLASSES = ["cat", "dog", "grass", "tree"]
 
@@ -99,7 +101,7 @@ def test_reference_prompt(clip, norm):
     reference.vectors.data += 0.1 * torch.randn_like(reference.vectors)
     ids = [clip.tokenizer.encode(name) for name in ("cat", "dog in scene", "grass of", "this photo of the")]
     assert [len(i) for i in ids] == [1, 3, 2, 4]
-    W = clip.encode_prompted_plain(reference.vectors, ids)
+    W = encode_prompted_plain(clip, reference.vectors, ids)
     total = sum(v * v for v in W.flatten()).sqrt() if norm == "frobenius" else W.square().sum(1).sqrt()[:, None]
     close(reference(clip), W / total)
 
@@ -226,7 +228,7 @@ def test_parts_of_the_model(make_model, clip, channels):
     dense = clip.encode_image_dense(normalise(images))
     close(out.features, dense / dense.square().sum(1, keepdim=True).sqrt())
     close(out.query, torch.stack([torch.tensordot(z, model.W_q, ([0], [1])).permute(2, 0, 1) for z in out.features]))
-    W_r = clip.encode_prompted_plain(model.reference.vectors, model.reference.names)
+    W_r = encode_prompted_plain(clip, model.reference.vectors, model.reference.names)
     close(out.reference, torch.stack([torch.tensordot(z, W_r / W_r.norm(), ([0], [1])).permute(2, 0, 1)
                                       for z in out.features]))
     M_p = torch.zeros(1, 4, 5, dtype=torch.float64)
@@ -236,6 +238,59 @@ def test_parts_of_the_model(make_model, clip, channels):
     assert len(M_p) == (4 if channels is None else 1)
     close(out.positional[0], M_p)
     close(out.rectified, out.query - out.reference - M_p)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_attention_of_the_features(make_model, clip, attention):
+    model, images = make_model(attention=attention).eval(), pictures()
+    dense = clip.encode_image_dense(normalise(images), attention)
+    close(model(images).features, dense / dense.square().sum(1, keepdim=True).sqrt())
+
+
+def test_adding_the_bias(make_model):
+    # Table 5: the same parts, the other sign
+    images = pictures()
+    subtracted, added = (make_model(subtract=s).eval()(images) for s in (True, False))
+    for part in ("query", "reference", "positional"):
+        assert torch.equal(getattr(subtracted, part), getattr(added, part))
+    close(added.rectified, added.query + added.reference + added.positional)
+    close(subtracted.rectified + added.rectified, 2 * added.query)
+
+
+def test_learnable_query(make_model, clip):
+    # Table 3: M_q from a prompt of its own, each row of length 1, while Eq. (5) keeps CLIP's texts
+    model, images = make_model(query_learnable=True, positional_channels=0), pictures()
+    start = make_model(query_learnable=True)
+    assert torch.equal(start.query.vectors, clip.token_embedding.weight[0].expand(6, -1))
+    model.query.vectors.data += 0.1 * torch.randn_like(model.query.vectors)
+    out = model.eval()(images)
+    W = encode_prompted_plain(clip, model.query.vectors, model.query.names)
+    close(out.query, torch.einsum("bdhw,cd->bchw", out.features, W / W.square().sum(1, keepdim=True).sqrt()))
+    close(out.rectified, out.query - out.reference)
+    close(out.reference, make_model().eval()(images).reference)
+    assert torch.equal(model.W_q, make_model().W_q)  # the same seed's, given from outside
+    assert make_model().query is None
+
+
+def test_queries_that_start_alike_differ_in_scale(clip):
+    out = ReCLIP(clip, CLASSES, W_q=torch.eye(4, 12), prompt_length=5, query_learnable=True).eval()(pictures().float())
+    ratio = out.query / out.reference  # |W_r| = 1 as a whole, about 1 / 2 a row
+    assert ratio.std(dim=(0, 2, 3)).max() < 1e-3 and 1.5 < ratio.mean() < 2.5
+
+
+def test_constant_bias(make_model):
+    # one number a class, zero at first, the same at every position of every size
+    model, images = make_model(constant_bias=True, positional_channels=0).eval(), pictures()
+    assert isinstance(model.positional, ConstantBias)
+    assert torch.equal(model(images).positional, torch.zeros(1, 4, 4, 5, dtype=torch.float64))
+    model.train()
+    numbers = torch.tensor([0.1, -0.2, 0.3, 0.0], dtype=torch.float64)
+    model.positional.numbers.data.copy_(10 * numbers)  # the factor in front is 0.1
+    for size, grid in (((13, 18), (4, 5)), ((18, 13), (5, 4))):
+        out = model.eval()(pictures(2, *size))
+        assert out.positional.shape == (1, 4, *grid)
+        for c in range(4):
+            close(out.rectified[:, c], out.query[:, c] - out.reference[:, c] - numbers[c])
 
 
 def test_a_positional_logit_shared_by_all_classes_does_nothing(make_model):
@@ -378,7 +433,8 @@ def test_contrastive_loss():
 LABELS = torch.tensor([[True, False, True, True], [False, True, False, False]])
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(pool="mask", tau=0.02, tau_1=0.01, reference_norm="class")])
+@pytest.mark.parametrize("settings", [dict(), dict(pool="mask", tau=0.02, tau_1=0.01, reference_norm="class"),
+                                      dict(subtract=False), dict(query_learnable=True, constant_bias=True)])
 def test_loss_from_beginning_to_end(make_model, clip, settings):
     # Eq. 1-5 by the loops above, with the same noise
     clip.logit_scale.data.fill_(np.log(1 / 0.05))
@@ -413,6 +469,25 @@ def test_only_what_is_learnt_gets_gradients(make_model):
     assert not model.features(pictures().requires_grad_()).requires_grad
     assert not model.W_q.requires_grad and "W_q" in model.state_dict()
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"reference", "positional"}
+
+
+@pytest.mark.parametrize("settings, parts", [(dict(query_learnable=True), {"query", "reference", "positional"}),
+                                             (dict(constant_bias=True), {"reference", "positional"}),
+                                             (dict(subtract=False), {"reference", "positional"})])
+def test_gradients_of_the_ablations(make_model, settings, parts):
+    model = make_model(tau_1=0.05, **settings).train()
+    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in learnt} == parts
+    model.loss(model.features(pictures()), LABELS).backward()
+    for name, parameter in learnt.items():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_a_learnt_query_does_not_move_the_targets(make_model, monkeypatch):
+    # Eq. (5) with masks that carry no gradient: nothing is left that the prompts could move
+    model = make_model(query_learnable=True).train()
+    monkeypatch.setattr(reclip, "gumbel_softmax_masks", lambda M, tau_1: M.detach().softmax(1))
+    assert not model.loss(model.features(pictures()), LABELS).requires_grad
 
 
 def fixed_loss(model, images, labels, draws=10):
@@ -453,7 +528,7 @@ def test_eval_forgets_after_training(make_model):
         for parameter in (model.reference.vectors, *model.positional.parameters()):
             parameter -= 0.1 * parameter.grad.sign()
     new = model.eval()(images)
-    W_r = model.clip.encode_prompted_plain(model.reference.vectors, model.reference.names)
+    W_r = encode_prompted_plain(model.clip, model.reference.vectors, model.reference.names)
     close(new.reference, torch.einsum("bdhw,cd->bchw", new.features, W_r / W_r.norm()))
     grid = model.clip.visual.positional_grid(4, 5)[0]
     close(new.positional[0], plain_positional(model.positional.state_dict(), grid, False, True))
@@ -520,6 +595,38 @@ def test_save_and_load(saved, given):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("settings", [dict(attention="naclip"), dict(query_learnable=True, positional_channels=0),
+                                      dict(subtract=False), dict(constant_bias=True)])
+def test_save_and_load_of_the_ablations(make_model, clip, tmp_path, settings):
+    model, images = make_model(**settings).float(), pictures().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.eval().save(tmp_path / "model.pt")
+    loaded = ReCLIP.load(tmp_path / "model.pt", clip)
+    assert loaded.settings == model.settings and settings.items() <= loaded.settings.items()
+    for a, b in zip(loaded(images), model(images)):
+        assert torch.equal(a, b)
+
+
+def test_settings_name_each_argument(make_model):
+    # a new argument of the constructor that save forgot would be lost on the way
+    arguments = {name for name, p in inspect.signature(ReCLIP).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert make_model().settings.keys() == arguments - {"prompts", "W_q"}
+
+
+def test_checkpoint_from_before_the_ablations(saved):
+    path, model = saved
+    content = torch.load(path, weights_only=True)
+    for name in ("attention", "query_learnable", "subtract", "constant_bias"):
+        del content["settings"][name]
+    torch.save(content, path)
+    loaded, images = ReCLIP.load(path, model.clip), pictures().float()
+    assert loaded.settings == model.settings and loaded.attention == "maskclip"
+    assert torch.equal(loaded(images).rectified, model(images).rectified)
+
+
 def test_saved_file_holds_no_clip(saved):
     path, model = saved
     content = torch.load(path, weights_only=True)
@@ -573,7 +680,9 @@ def test_files_that_hold_no_model(saved, tmp_path):
 
 @pytest.mark.parametrize("classes, settings, word", [
     (["cat", "dog", "cat"], {}, "'cat', 'dog', 'cat'"), (["cat"], {}, "two or more"), (["cat", "dog"], {"pool": "max"}, "max"),
-    (["cat", "dog"], {"reference_norm": "rows"}, "rows")])
+    (["cat", "dog"], {"reference_norm": "rows"}, "rows"),
+    (["cat", "dog"], {"attention": "naklip"}, "naklip.*maskclip, sclip, clearclip, naclip"),
+    (["cat", "dog"], {"query_learnable": True, "prompt_length": 0}, "prompt_length")])
 def test_unfit_arguments(clip, classes, settings, word):
     with pytest.raises(ValueError, match=word):
         ReCLIP(clip, classes, W_q=torch.zeros(len(classes), 12), **settings)
