@@ -6,6 +6,7 @@ What stands here
     DeepLabV2            backbone, ASPP and head as one module, with save and load; it needs no CLIP
       .features          (B, 3, H, W) -> Z^ (B, D, h, w), which Eq. 7 makes resemble CLIP's features
       .rectify           Z^ -> logits, by the head inherited from rectification
+    linear_classification  Table 1's "LC": how good are the features? (with labels)
 
 Symbols
     B pictures, C classes, D joint width of CLIP; H x W pixels, s stride of the student, h x w its grid, h = ceil(H/s)
@@ -134,7 +135,7 @@ class DeepLabV2(nn.Module):
         frozen = backbone_weights is not None if freeze_batch_norm is None else freeze_batch_norm
         self.settings = dict(student=student, head=head, freeze_batch_norm=frozen)
         self.class_names, self.head, self.frozen = tuple(class_names), head, frozen
-        build, channels, self.stride, rates = STUDENTS[student]
+        build, channels, self.cell, rates = STUDENTS[student]  # cell: side of a cell of the grid, pixels
         self.backbone, self.aspp = build(), ASPP(channels, W_q.shape[1], rates)
         if backbone_weights is not None:
             load_backbone(self.backbone, student, backbone_weights)
@@ -181,7 +182,7 @@ class DeepLabV2(nn.Module):
 
     def to_pixels(self, grid, height, width):
         """(B, C, h, w) -> (B, C, height, width): bilinear by the stride, what lies over the picture's edge cut off."""
-        size = [side * self.stride for side in grid.shape[-2:]]
+        size = [side * self.cell for side in grid.shape[-2:]]
         return F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
 
     def save(self, path, **more):
@@ -208,6 +209,35 @@ class DeepLabV2(nn.Module):
             raise ValueError(f"{path} is not a student's checkpoint, or is truncated: "
                              f"{' '.join(str(error).split())[:200]}") from error
         return model.to(device).eval()
+
+
+def linear_classification(student, pairs, epochs=5, lr=0.01):
+    """Table 1's "LC", after MaskContrast: a linear classifier on the frozen student's pixel features, trained WITH
+    LABELS to tell how good the features are. Nothing else in this project learns from a label.
+
+    pairs: (picture (3, H, W) in [0, 1], label (H, W) with 255 for ignored, name) by index, as datasets.Evaluation has
+    them. Labels are read at the centres of the grid's cells. Adam, its epochs and learning rate are ours.
+    -> the student, its head replaced by the classifier, in eval mode
+    """
+    C, D = student.W_q.shape
+    device, order = student.W_q.device, torch.Generator().manual_seed(0)
+    student.eval().requires_grad_(False)
+    torch.nn.init.zeros_((classifier := nn.Conv2d(D, C, 1).to(device)).weight)
+    optimiser = torch.optim.Adam(classifier.parameters(), lr)
+    for epoch in range(epochs):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * (1 - epoch / epochs)
+        for i in torch.randperm(len(pairs), generator=order).tolist():
+            picture, label, _ = pairs[i]
+            Z = student.features(picture[None].to(device))                                       # (1, D, h, w)
+            small = F.interpolate(label[None, None].float(), size=Z.shape[2:], mode="nearest-exact")[:, 0].long()
+            if (small < C).any():
+                loss = F.cross_entropy(classifier(Z), small.to(device), ignore_index=255)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+    student.classifier, student.head = classifier, "original"
+    return student
 
 
 def tour():

@@ -3,14 +3,17 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 import eval as evaluation
+from conftest import ROOT
 from datasets import IGNORE
-from eval import colour_mask, confusion_matrix, strong_classes, draw_grid, scores, segment
+from eval import colour_mask, confusion_matrix, draw_grid, scores
+from reclip import segment, slide, strong_classes
 
 
 def test_confusion_matrix_by_hand():
@@ -49,33 +52,73 @@ def test_denoise_drops_weak_classes_only():
 
 
 def test_segment_stays_in_place():
-    """A 20 x 30 picture in 8-pixel patches: a 3 x 4 grid over 24 x 32; the mask's edge must stand where the
+    """A 20 x 30 picture in 8-pixel cells: a 3 x 4 grid over 24 x 32; the mask's edge must stand where the
     grid's edge stands, not be stretched with the padding."""
     grid = torch.zeros(1, 2, 3, 4)
     grid[:, 0] = 0.5
     grid[:, 1, :, 2:] = 1.0  # right half of the padded picture: from x = 16
-    to_pixels = lambda g, H, W: F.interpolate(g, scale_factor=8, mode="bilinear")[..., :H, :W]
-    mask = segment(grid, to_pixels, (20, 30), (20, 30))
+    mask = segment(grid, 8, (20, 30), (20, 30))
     assert (mask[:, :16] == 0).all() and (mask[:, 16:] == 1).all()
-    double = segment(grid, to_pixels, (20, 30), (40, 60))
+    double = segment(grid, 8, (20, 30), (40, 60))
     assert (double[:, :31] == 0).all() and (double[:, 33:] == 1).all()
 
 
-def test_segment_with_dropped_class():
-    """Class 0 is dropped by denoising, so its index must not shift the others."""
+def test_segment_is_bilinear_and_strips_leave_no_seam(monkeypatch):
+    """Against torch's own enlarging of the padded grid; then in strips of one row each."""
+    grid = torch.randn(1, 5, 4, 6)
+    expected = F.interpolate(grid, scale_factor=16, mode="bilinear")[0, :, :60, :90].argmax(0)
+    assert torch.equal(segment(grid, 16, (60, 90), (60, 90)).long(), expected)
+    split = torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda self, size, *more: split(self, 1, *more))
+    assert torch.equal(segment(grid, 16, (60, 90), (60, 90)).long(), expected)
+
+
+def test_segment_with_dropped_class_and_background():
+    """Class 0 is dropped by denoising, so its index must not shift the others; weak pixels become background."""
     logits = torch.zeros(1, 3, 2, 2)
     logits[0, 2] = 0.5
     logits[0, 1, 0, 0] = 1.0
-    mask = segment(logits, lambda g, H, W: g, (2, 2), (2, 2), denoise=0.5)
-    assert mask.tolist() == [[1, 2], [2, 2]]
+    assert segment(logits, 1, (2, 2), (2, 2), denoise=0.5).tolist() == [[1, 2], [2, 2]]
+    logits[0, :, 1, 1] = torch.tensor([0.0, 0.0, 0.001])  # softmax(100 * that): 0.36 at best
+    assert segment(logits, 1, (2, 2), (2, 2), background=0.4).tolist() == [[1, 2], [2, IGNORE]]
+    assert segment(logits, 1, (2, 2), (2, 2), background=0.3).tolist() == [[1, 2], [2, 2]]
+
+
+def window_mean(picture):
+    """A model of cell 4 whose logits depend on the whole of what it is shown."""
+    h, w = (-(-side // 4) for side in picture.shape[2:])
+    return picture.mean((2, 3))[:, :2, None, None].expand(1, 2, h, w) + torch.arange(h * w).view(1, 1, h, w)
+
+
+def test_sliding_windows_by_hand():
+    """A 22 x 38 picture, cells of 4 (6 x 10 of them), windows of 16 every 8: each cell against the mean over the windows
+    that cover it, listed by hand."""
+    picture = torch.rand(1, 3, 22, 38)
+    result = slide(window_mean, picture, 4, 16, 8)
+    expected = [[[] for _ in range(10)] for _ in range(6)]
+    for top in (0, 2):                # the last one is moved back: 6 cells hold no window at 4
+        for left in (0, 2, 4, 6):
+            part = window_mean(picture[..., 4 * top:4 * top + 16, 4 * left:4 * left + 16])[0]
+            for i in range(part.shape[1]):
+                for j in range(part.shape[2]):
+                    expected[top + i][left + j].append(part[:, i, j])
+    expected = torch.stack([torch.stack([torch.stack(cell).mean(0) for cell in row], 1) for row in expected], 1)
+    assert result.shape == (1, 2, 6, 10) and torch.allclose(result[0], expected, atol=1e-6)
+    whole = slide(window_mean, picture, 4, 64, 64)
+    assert torch.equal(whole, window_mean(picture))  # a window larger than the picture is the picture
 
 
 def test_drawing(tmp_path):
     palette = [(255, 0, 0), (0, 255, 0)]
     image = colour_mask(torch.tensor([[0, 1], [IGNORE, 1]]), palette)
     assert [image.getpixel(p) for p in ((0, 0), (1, 0), (0, 1))] == [(255, 0, 0), (0, 255, 0), evaluation.UNSEEN]
-    sheet = draw_grid([[image, image]], ["picture", "truth"], ["a", "b"], palette)
-    assert {(255, 0, 0), (0, 255, 0)} <= {colour for _, colour in sheet.getcolors(10 ** 6)}
+    entries = [((0, 0, 255), "a | b"), ((255, 255, 0), "c")]
+    sheet = draw_grid([[("picture", image), ("", Image.new("RGB", (200, 50)))]] * 2, entries, tile=40, gap=10)
+    for top in (20, 90):  # a line: 20 for the title, 40, a gap of 10; tiles begin at 10 and 60, their pictures fill them
+        assert [sheet.getpixel((x, top + y)) for x, y in ((10, 0), (30, 0), (11, 39), (49, 39))] == [
+            (255, 0, 0), (0, 255, 0), evaluation.UNSEEN, (0, 255, 0)]
+        assert sheet.getpixel((60, top + 9)) == (0, 0, 0) and sheet.getpixel((60, top + 10)) == (255, 255, 255)
+    assert {(0, 0, 255), (255, 255, 0)} <= {colour for _, colour in sheet.getcolors(10 ** 6)}
 
 
 def test_command_line_writes_what_it_promises(make_voc, tiny_clip_file, tmp_path, capsys):
@@ -100,3 +143,86 @@ def test_errors_are_sentences(tmp_path):
         evaluation.main(["--data", "shapes", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         evaluation.main(["--no-such-flag"])
+
+
+@pytest.fixture
+def odd_pictures(tmp_path):
+    """Thirty files such as people keep: every format and mode, 1 x 1 to 6000 x 4000, five of them broken."""
+    folder, rng = tmp_path / "photos", np.random.default_rng(0)
+    (folder / "more" / "deep").mkdir(parents=True)
+    noise = lambda H, W, *c: Image.fromarray(rng.integers(0, 256, (H, W, *c), dtype=np.uint8))
+    noise(40, 60, 3).resize((6000, 4000)).save(folder / "large.jpg")
+    noise(1, 1, 3).save(folder / "one.png")
+    noise(3, 900, 3).save(folder / "ribbon.png")
+    noise(50, 40).save(folder / "grey.png")
+    noise(50, 40, 4).save(folder / "rgba.png")
+    noise(50, 40, 4).convert("LA").save(folder / "la.png")
+    noise(50, 40, 3).quantize(9).save(folder / "palette.PNG")
+    noise(50, 40, 3).convert("CMYK").save(folder / "cmyk.jpeg")
+    noise(50, 40, 3).save(folder / "web.webp")
+    noise(50, 40).convert("1").save(folder / "bits.png")
+    Image.fromarray(rng.integers(0, 65536, (30, 44)).astype(np.uint16)).save(folder / "sixteen.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    noise(30, 44, 3).save(folder / "turned.jpg", exif=turned)
+    for i in range(13):
+        noise(30 + i, 70 - 3 * i, 3).save(folder / "more" / ("deep" if i % 2 else "") / f"same {i // 2}.jpg")
+    whole = (folder / "turned.jpg").read_bytes()
+    for name, content in {"zero.jpg": b"", "text.jpg": b"not a picture", "cut.jpg": whole[:len(whole) // 2],
+                          "cut.png": (folder / "grey.png").read_bytes()[:90], "page.webp": b"<html>"}.items():
+        (folder / name).write_bytes(content)
+    assert sum(path.is_file() for path in folder.rglob("*")) == 30
+    return folder
+
+
+def test_thirty_odd_pictures_are_trained_on_and_segmented(odd_pictures, tiny_clip_file, tmp_path, capsys):
+    """25 of 30 are readable. Masks have the pictures' own sizes, areas are those of the index PNG."""
+    import train
+    train.main(["--stage", "rectify", "--data", str(odd_pictures), "--classes", "cat | grass, dog, tree", "--clip",
+                str(tiny_clip_file), "--crop", "32", "--epochs", "1", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert "pictures that each class was found in, of 25" in printed.out and "cat | grass" in printed.out
+    for name in ("zero.jpg", "text.jpg", "cut.jpg", "cut.png", "page.webp"):
+        assert f"skipped {name}" in printed.err
+    evaluation.main(["--stage", "rectify", "--images", str(odd_pictures), "--checkpoint",
+                     str(tmp_path / "out" / "rectify.pt"), "--device", "cpu", "--background-threshold", "0.5"])
+    masks, sizes = tmp_path / "out" / "masks", {"large.jpg": (6000, 4000), "one.png": (1, 1), "ribbon.png": (900, 3),
+                                                "turned.jpg": (30, 44), "more/deep/same 0.jpg": None}
+    assert len(list(masks.rglob("*.json"))) == 25
+    for name, size in sizes.items():
+        index = Image.open(masks / f"{name}.index.png")
+        report = json.loads((masks / f"{name}.json").read_text())
+        assert index.mode == "P" and size in (None, index.size) and report["size"] == list(index.size)
+        values, counts = np.unique(np.array(index), return_counts=True)
+        assert set(values) <= {0, 1, 2, 3} and sum(report["areas"].values()) == pytest.approx(1)
+        for value, count in zip(values, counts):
+            label = ("background", "cat", "dog", "tree")[value]
+            assert report["areas"][label] == pytest.approx(count / counts.sum()) and report["index"][label] == value
+        assert Image.open(masks / f"{name}.overlay.png").mode == "RGB"
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--stage", "clip", "--images", "."], "--images needs --classes"),
+    (["--data", "nowhere"], "--data nowhere is neither a folder"),
+    (["--data", "."], "needs --classes"),
+    (["--data", "voc", "--classes", "a, b"], "--classes goes with your own pictures"),
+    (["--stage", "clip", "--window", "60", "--stride", "24"], "multiples of 8"),
+    (["--window", "64", "--stride", "0"], "--stride 0"), (["--background-threshold", "0.5"], "only with --images"),
+    (["--attention", "sclip"], "--attention goes with --stage clip"),
+    (["--stage", "clip", "--images", "nothing.jpg", "--classes", "coin, ring"], "nothing.jpg")])
+def test_options_that_do_not_fit_end_in_one_sentence(options, words, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        evaluation.main([*options, "--clip", str(ROOT / "shapes_clip.pt"), "--out", str(tmp_path), "--device", "cpu"])
+    assert "\n" not in str(caught.value)
+
+
+def test_windows_and_attention_reach_the_evaluation(tmp_path):
+    """On shapes: the protocol says what was done, and each reading and window gives other masks."""
+    seen = set()
+    for options in ([], ["--attention", "sclip"], ["--attention", "naclip"], ["--window", "48", "--stride", "16"]):
+        evaluation.main(["--stage", "clip", "--out", str(tmp_path), "--device", "cpu", *options])
+        report = json.loads((tmp_path / "eval_clip.json").read_text())
+        assert report["protocol"]["attention"] == (options[1] if "--attention" in options else "maskclip")
+        assert report["protocol"]["window"] == (48 if "--window" in options else 0)
+        seen.add(report["miou"])
+    assert len(seen) == 4

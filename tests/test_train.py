@@ -8,7 +8,9 @@ import shutil
 import pytest
 import torch
 
+import pretrain
 import train
+from datasets import DATA
 from reclip import ReCLIP
 
 
@@ -139,10 +141,10 @@ def test_help_shows_defaults_and_sources(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(train.Settings):
         assert f"--{field.name}" in text
-    assert "learning rate of SGD (Sec. 4.1) [voc 0.01, shapes 0.2]" in text
+    assert "learning rate of SGD (Sec. 4.1) [voc 0.01, context 0.01, ade20k 0.01, own 0.01, shapes 0.2]" in text
 
 
-@pytest.mark.parametrize("options", [["--no_such_flag"], ["--data", "cityscapes"], ["--stage", "dance"], ["--lr", "fast"]])
+@pytest.mark.parametrize("options", [["--no_such_flag"], ["--stage", "dance"], ["--lr", "fast"]])
 def test_unknown_options_end_at_once(options, capsys):
     with pytest.raises(SystemExit) as caught:
         train.parse(options)
@@ -151,8 +153,8 @@ def test_unknown_options_end_at_once(options, capsys):
 
 def test_pretraining_writes_a_clip_that_loads(tmp_path, monkeypatch):
     """Three steps of each kind, resumed once; the file is fp16, brings its vocabulary, and loads as any CLIP."""
-    few = dataclasses.replace(train.PretrainSettings(), mosaic_steps=2, steps=4, mosaics=2, scenes=4, mosaic_share=0.5)
-    monkeypatch.setattr(train, "PretrainSettings", lambda: few)
+    few = dataclasses.replace(pretrain.PretrainSettings(), mosaic_steps=2, steps=4, mosaics=2, scenes=4, mosaic_share=0.5)
+    monkeypatch.setattr(pretrain, "PretrainSettings", lambda: few)
     train.main(["--stage", "pretrain", "--device", "cpu", "--out", str(tmp_path)])
     raw = torch.load(tmp_path / "shapes_clip.pt", weights_only=True)
     assert all(value.dtype == torch.float16 for value in raw["state_dict"].values())
@@ -172,7 +174,7 @@ def test_all_stages_on_shapes_end_in_a_table_and_resume(tmp_path, monkeypatch, c
         return interrupt(None) if len(calls) == 3 else loss(*arguments, **more)
     monkeypatch.setattr(train, "distillation_loss", interrupted)
     monkeypatch.setitem(train.SETTINGS, "shapes", dataclasses.replace(train.SETTINGS["shapes"], distill_batch=256))
-    monkeypatch.setitem(train.DATA, "shapes", dataclasses.replace(train.DATA["shapes"], splits=("val",)))
+    monkeypatch.setitem(DATA, "shapes", dataclasses.replace(DATA["shapes"], splits=("val",)))
     with pytest.raises(KeyboardInterrupt):
         train.main(command)
     before = (tmp_path / "rectify.pt").read_bytes()
@@ -194,6 +196,8 @@ def test_distillation_refuses_a_teacher_of_other_classes(command, tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
+    (["--data", "cityscapes"], "--data cityscapes is neither a folder"), (["--stage", "all", "--data", ".", "--classes",
+                                                                            "a, b"], "--stage all evaluates"),
     (["--rectify_batch", "0"], "--rectify_batch is 0"), (["--epochs", "-1"], "--rectify_epochs is -1"),
     (["--split", "nonsense"], "--split nonsense"), (["--device", "cuda:99"], "--device cuda:99"),
     (["--stage", "pretrain", "--data", "voc"], "--stage pretrain"), (["--seeds", "0"], "--seeds is 0"),

@@ -1,0 +1,126 @@
+"""train.py under torchrun, with two gloo processes on the CPU: gradients, determinism, and what a killed rank does."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import train
+from conftest import ROOT
+from reclip import ReCLIP
+
+SCRIPT = "import sys, train\nsys.argv[0] = 'train.py'\n"
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(arguments, processes=2):
+    """Starts the ranks as torchrun would, one process each, so that a test can kill one of them."""
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes),
+                                "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
+    return [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)})
+            for r in range(processes)]
+
+
+@pytest.fixture
+def command(make_voc, tiny_clip_file, tmp_path):
+    root = make_voc({"train": 5})
+    return lambda out, *more: ["--stage", "rectify", "--data", "voc", "--root", str(root), "--clip", str(tiny_clip_file),
+                               "--device", "cpu", "--crop", "32", "--epochs", "2", "--out", str(tmp_path / out), *more]
+
+
+def gradients_of_rank(rank, port, file):
+    """One step of fit on half of the batch; rank 0 stores the averaged gradients."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    gradients = one_step(rank * 2, 2)
+    if rank == 0:
+        torch.save(gradients, file)
+    dist.destroy_process_group()
+
+
+def one_step(first, count):
+    """Gradients of Eq. (1)-(5) on `count` of four pictures, from `first` on, through train.Objective."""
+    from clip_model import load_clip
+    from datasets import DATA
+    torch.manual_seed(0)
+    facts = DATA["shapes"]
+    model = ReCLIP(load_clip(facts.clip), facts.classes, prompts=facts.prompts, tau=0.033, tau_1=1e-6).train()
+    Z = model.features(torch.rand(4, 3, 64, 64))      # tau_1: the masks hardly feel the noise, which differs by rank
+    labels = torch.rand(4, 8) > 0.5
+    labels[:, 0] = True
+    parts = {"reference": model.reference, "positional": model.positional}
+    objective = train.Objective(parts, lambda batch: model.loss(*batch))
+    if dist.is_initialized():
+        objective = nn.parallel.DistributedDataParallel(objective)
+    torch.manual_seed(7)
+    noise = torch.distributions.Gumbel(0, 1).sample((4, 8, 8, 8))
+    original, nn.functional.gumbel_softmax = nn.functional.gumbel_softmax, seeded_masks(noise[first:first + count])
+    objective(Z[first:first + count], labels[first:first + count]).backward()
+    nn.functional.gumbel_softmax = original
+    return {f"{name}.{key}": p.grad for name, part in parts.items() for key, p in part.named_parameters()}
+
+
+def seeded_masks(noise):
+    """Eq. (4) with given noise: pictures keep theirs, however they are dealt to ranks."""
+    def masks(logits, tau, hard, dim):
+        soft = (1e-5 * logits + noise).softmax(dim)  # a temperature at which the gradient is of ordinary size
+        return torch.zeros_like(soft).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0) + soft - soft.detach()
+    return masks
+
+
+def test_averaged_gradient_of_two_ranks_is_that_of_the_joined_batch(tmp_path):
+    mp.spawn(gradients_of_rank, (free_port(), tmp_path / "gradients.pt"), nprocs=2)
+    apart, joined = torch.load(tmp_path / "gradients.pt", weights_only=True), one_step(0, 4)
+    assert set(apart) == set(joined) and max(g.abs().max().item() for g in joined.values()) > 1e-6
+    for name, gradient in joined.items():
+        assert (apart[name] - gradient).norm() <= 1e-6 * max(1, gradient.norm()), name
+
+
+def test_two_ranks_see_different_pictures_write_once_and_resume(command, tmp_path):
+    """5 pictures, 2 epochs, 2 ranks: 5 steps of 2 pictures, uneven to the epoch; rank 0 writes log and checkpoint."""
+    ranks = torchrun(command("run"))
+    ends = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], ends
+    assert len((tmp_path / "run" / "rectify_log.csv").read_text().splitlines()) == 6
+    state = torch.load(tmp_path / "run" / "rectify_state.pt", weights_only=True)
+    assert state["step"] == 5 and state["identity"]["processes"] == 2
+    with pytest.raises(ValueError, match="processes was 2, now 1"):
+        train.main(command("run", "--resume"))
+    stream, seen = range(10), []
+    for rank in range(2):  # the batches of train.labelled_batches, by its own rule
+        seen.append([list(stream)[(step * 2 + rank):(step * 2 + rank) + 1][0] for step in range(5)])
+    assert sorted(seen[0] + seen[1]) == list(range(10))
+
+
+def test_a_killed_rank_ends_the_other_with_a_sentence(command, tmp_path):
+    ranks = torchrun(command("run", "--rectify_epochs", "500"))
+    log = tmp_path / "run" / "rectify_state.pt"
+    deadline = time.time() + 120
+    while not log.exists() and time.time() < deadline:
+        time.sleep(0.2)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    _, errors = ranks[0].communicate(timeout=120)
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1
+    assert "train.py: process 1 lost another one" in errors.splitlines()[-1] and "--resume" in errors
+
+
+def test_stages_of_one_process_are_refused_under_torchrun(tmp_path):
+    rank, = torchrun(["--stage", "all", "--device", "cpu", "--out", str(tmp_path)], processes=1)
+    _, errors = rank.communicate(timeout=120)
+    assert rank.returncode == 1 and "train.py: --stage all is a matter of one process" in errors
