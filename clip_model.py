@@ -89,6 +89,11 @@ def written_atomically(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # the data must be on the disk before the new name is
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter; an OSError without a number is a sentence
+        if isinstance(error, OSError) and error.errno is None:
+            raise
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}): is the disk full? What was there "
+                      "before is untouched") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -134,7 +139,6 @@ def byte_alphabet():
 
 class Tokenizer:
     """CLIP's byte-pair encoding: the same ids as OpenAI's `clip.tokenize` on any text.
-
     merges: (left, right) pairs in order of rank. The vocabulary follows from them: 256 byte characters, the same 256
     at the end of a word ("</w>"), one token a merge, start and end of text.
     """
@@ -281,7 +285,6 @@ class ResidualAttentionBlock(nn.Module):
 
     def read_patches(self, x, size, attention):
         """The last block as segmenters read it: tokens (B, 1 + n, E) of a grid of `size` (h, w) -> (B, n, E).
-
         "maskclip"   MaskCLIP (Zhou et al., ECCV 2022), the paper's: value_path
         "sclip"      SCLIP (Wang et al., ECCV 2024): queries read queries, keys read keys, and both are added
         "clearclip"  ClearCLIP (Lan et al., ECCV 2024): queries read queries; no residual, no perceptron
@@ -333,7 +336,6 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images):
         """Normalised pictures (B, 3, H, W) -> tokens (B, 1 + n, E) and the grid's size (h, w).
-
         H and W that are no multiple of the patch are padded right and bottom with zeros (the mean colour);
         `to_pixels` cuts what lies over the padding off again."""
         H, W = images.shape[-2:]
@@ -368,7 +370,7 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # exp of it is 1 / tau
         self.context_length, self.input_resolution = context_length, grid * patch  # tokens; pixels, a square's side
         self.sot, self.eot = vocab_size - 2, vocab_size - 1  # ids of start and end of text
-        self.tokenizer, self.source, self.sha256 = None, None, None
+        self.tokenizer, self.source, self.sha256, self.quick_gelu = None, None, None, quick_gelu
 
     def tokenizer_or_default(self):
         tokenizer = self.tokenizer or Tokenizer.from_file()
@@ -490,7 +492,7 @@ def read_torchscript(path):
         Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
     known |= {("torch._utils", "_rebuild_tensor_v2"): tensor_from, ("collections", "OrderedDict"): dict}
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(pickle._Unpickler):  # the one in Python: the one in C makes room for any number of objects
         def find_class(self, module, name):
             if module.startswith("__torch__"):
                 return SimpleNamespace  # for every class of the archive: it keeps attributes and runs nothing
@@ -513,10 +515,8 @@ def read_torchscript(path):
                 yield from flatten(value, prefix + name + ".")
 
     with zipfile.ZipFile(path) as archive:
-        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        root = pickled.rsplit("/", 1)[0]
-        with archive.open(pickled) as file:
-            return dict(flatten(Unpickler(file).load()))
+        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
+        return dict(flatten(Unpickler(archive.open(f"{root}/data.pkl")).load()))
 
 
 def read_state(path):
@@ -525,8 +525,10 @@ def read_state(path):
         raise FileNotFoundError(f"no CLIP weights at {path}: give --clip a file or the name 'ViT-B/16'")
     merges = None
     try:
-        scripted = zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
-        if scripted:
+        members = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
+        if sum(member.file_size for member in members) > 10 * os.path.getsize(path):
+            raise ValueError("it would unpack to more than ten times its size")
+        if any("/code/" in member.filename for member in members):
             state = read_torchscript(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -544,7 +546,6 @@ def read_state(path):
 
 def load_clip(name_or_path="ViT-B/16", device="cpu", quick_gelu=True):
     """CLIP in eval mode, fp32, frozen.
-
     name_or_path: "ViT-B/16" ($CLIP_HOME or a download, checked by sha256), or a file: an official TorchScript
         archive, or a plain state dict, possibly as {"state_dict": ..., "merges": [...]} with its own tokenizer.
     quick_gelu: False for OpenCLIP's LAION weights, which were trained with the exact GELU.

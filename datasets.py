@@ -44,6 +44,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 IGNORE = 255                                   # in labels: not evaluated
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of your own pictures, in any case
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # whatever the name; for others Pillow starts programs
 PADDING = (124, 116, 104)                      # ImageNet's mean colour, within 0.03 of zero after either normalisation
 
 
@@ -155,7 +156,7 @@ def read_picture(path, draft=False):
     """uint8 (H, W, 3), turned upright as its EXIF data say, transparency on white, 16 bits scaled to 8 (PIL's convert
     clips). draft: a JPEG is read to its end, but at an eighth of its size."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.draft(None, (1, 1) if draft else image.size)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
@@ -196,7 +197,7 @@ class Files:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: evaluation needs the labels (training does not)")
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 mode, label = image.mode, torch.from_numpy(np.array(image))
         except Exception as error:
             raise ValueError(f"{path} is not a readable label: {error}") from error
@@ -221,7 +222,7 @@ class Folder(Files):
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             found.update({p: p.relative_to(path).as_posix() for p in inside} if path.is_dir() else {path: path.name})
         if len(set(found.values())) < len(found):
-            found = {path: path.as_posix() for path in found}
+            found = {path: path.resolve().as_posix() for path in found}
         for path, name in list(found.items()):
             try:
                 read_picture(path, draft=True)
@@ -376,7 +377,7 @@ def prepare(data, root, download=False):
             context_labels(base, json.loads(source.read_bytes()))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{source} is missing; --download fetches it") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
             raise ValueError(f"{source} is not Context's annotation file: {error}") from error
 
 

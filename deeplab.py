@@ -156,6 +156,11 @@ class DeepLabV2(nn.Module):
             norm.train(mode and not self.frozen)
         return self
 
+    @property
+    def scale(self):
+        """Factor on logits where probabilities are wanted: 100 for cosines (as released), a learnt head has its own."""
+        return 1 if self.head == "original" else 100
+
     def features(self, pictures):
         """Z^: (B, 3, H, W) in [0, 1] -> (B, D, h, w), each cell of length 1, in the precision of the pictures."""
         mean, std = (pictures.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
@@ -185,15 +190,22 @@ class DeepLabV2(nn.Module):
         size = [side * self.cell for side in grid.shape[-2:]]
         return F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
 
-    def save(self, path, **more):
+    def save(self, path):
         """Student, head, class names and settings in one file: it holds the old content or the whole new one."""
         content = {"student": self.state_dict(), "class_names": list(self.class_names), "settings": self.settings}
         temporary = f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            torch.save(content | more, file)
-            file.flush()
-            os.fsync(file.fileno())  # the data must be on the disk before the new name is
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())  # the data must be on the disk before the new name is
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter
+            raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}): is the disk full? What was "
+                          "there before is untouched") from error
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -222,7 +234,9 @@ def linear_classification(student, pairs, epochs=5, lr=0.01):
     C, D = student.W_q.shape
     device, order = student.W_q.device, torch.Generator().manual_seed(0)
     student.eval().requires_grad_(False)
-    torch.nn.init.zeros_((classifier := nn.Conv2d(D, C, 1).to(device)).weight)
+    classifier = nn.Conv2d(D, C, 1).to(device)
+    for parameter in classifier.parameters():
+        nn.init.zeros_(parameter)
     optimiser = torch.optim.Adam(classifier.parameters(), lr)
     for epoch in range(epochs):
         for group in optimiser.param_groups:
@@ -230,7 +244,9 @@ def linear_classification(student, pairs, epochs=5, lr=0.01):
         for i in torch.randperm(len(pairs), generator=order).tolist():
             picture, label, _ = pairs[i]
             Z = student.features(picture[None].to(device))                                       # (1, D, h, w)
-            small = F.interpolate(label[None, None].float(), size=Z.shape[2:], mode="nearest-exact")[:, 0].long()
+            ys, xs = (((torch.arange(cells) + 0.5) * student.cell * side / seen).long().clamp(max=side - 1)
+                      for cells, side, seen in zip(Z.shape[2:], label.shape, picture.shape[1:]))
+            small = label[ys][:, xs][None].long()                                                   # (1, h, w)
             if (small < C).any():
                 loss = F.cross_entropy(classifier(Z), small.to(device), ignore_index=255)
                 optimiser.zero_grad()

@@ -14,7 +14,7 @@ What stands here
 
 Symbols: C classes; (H, W) size of the picture that the network sees, (H0, W0) of the label; M logits (1, C, h, w)
 
-It sits on top of the other files; alone, the functions under "Numbers" need no more than torch and IGNORE:
+It sits on top of the other files; alone, confusion_matrix and scores need no more than torch and IGNORE:
     confusion = sum(confusion_matrix(mask, label, 20) for mask, label in results)
     print(scores(confusion)["miou"])
 """
@@ -101,7 +101,7 @@ def segmenter(args, model, stage, background=0.0):
     def mask_of(picture, label_size):
         seen = picture[None].to(args.device)
         logits = slide(logits_of, seen, model.cell, args.window, args.stride) if args.window else logits_of(seen)
-        return segment(logits, model.cell, picture.shape[1:], label_size, args.denoise, background).cpu()
+        return segment(logits, model.cell, picture.shape[1:], label_size, args.denoise, background, model.scale).cpu()
     return mask_of
 
 
@@ -351,13 +351,12 @@ def segment_pictures(args, model, stage, pictures):
 # train.py --stage paper writes <out>/paper/plan.json {rows, tables, seeds, clip_sha256} and the checkpoint of
 # each row under paper/seed<s>/<row>/. All the rest, measuring and drawing, can be done anew from these at any time.
 
-EDGES = [i / 10 for i in range(11)]  # Figure 1(a): bins of an object's distance from the centre (1: the corner)
+EDGES = [i / 10 for i in range(11)]  # Figure 1(a): bins of the distance from the centre (1: the corner; ours)
 
 
 def open_row(args, plan, row, path):
     """The model of a row, in eval mode; its stage: rectify, distill, linear or, where nothing learns, clip or mean."""
     if row["stage"] == "linear":  # the one place where labels train something; nothing but this row uses the outcome
-        torch.manual_seed(0)
         return linear_classification(open_model(args, "distill", path), labelled(args, "train"))
     if path:
         return open_model(args, row["stage"], path)
@@ -382,7 +381,7 @@ def measured(args, plan, name, seed):
     path = base / learnt[row["stage"]] if row["stage"] in learnt else None
     if path and not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run python train.py --stage paper, it goes on where it stopped")
-    identity = {"protocol": protocol_line(args), "row": row, "of": sha256_of(path) if path else plan["clip_sha256"]}
+    identity = [protocol_line(args), row["stage"], row["changes"], sha256_of(path) if path else plan["clip_sha256"]]
     with suppress(FileNotFoundError, ValueError, KeyError):  # not yet measured, or cut off
         known = json.loads((base / name / "result.json").read_text())
         if known["identity"] == identity:
@@ -447,7 +446,7 @@ def report_lines(args, plan, percent):
     for (a, b), step in steps.items():
         told = f"{step:+.1f} in the paper" if published[a] else "it should gain"
         lines.append(f"- {rows[a]['name']} -> {rows[b]['name']}: {mean[b] - mean[a]:+.1f} here, {told}" +
-                     (": **does not come out**" if step * (mean[b] - mean[a]) <= 0 else ""))
+                     (": **does not come out**" if step and step * (mean[b] - mean[a]) <= 0 else ""))
     lines += ["", "## Figures", *(f"\nFigure {text}\n\n![{name}]({name}.png)" for name, text in {
         "figure1a": "1(a): mIoU over the pictures whose object of the class lies that far from the centre.",
         "figure1b": "1(b): the classes that CLIP confuses most, in percent of the pixels that went to one of them.",
@@ -502,7 +501,7 @@ def add_common(parser):
     add("--device", default=best, help="cpu, cuda, mps (default: the best there is)")
     add("--workers", type=int, help="processes that decode pictures (default: 4 beside a GPU, else 0)")
     add("--denoise", type=float, help="drop classes whose best probability is below; 0: off (default: as released)")
-    add("--short-side", type=int, help="size for evaluation, pixels; 0: the picture's own (default: the data set's)")
+    add("--short-side", "--short_side", type=int, help="evaluation: pixels; 0: own size (default: the data set's)")
     add("--window", type=int, default=0, help="evaluate in sliding windows of this side, pixels; 0: whole pictures")
     add("--stride", type=int, default=224, help="distance of the windows, pixels (default: 224)")
 
@@ -545,7 +544,7 @@ def parse(argv):
     add("--checkpoint", type=Path, help="file to evaluate (default: <out>/<stage>.pt)")
     add("--attention", choices=ATTENTIONS, help="reading of CLIP for --stage clip (default: maskclip)")
     add("--images", nargs="+", type=Path, help="segment these pictures or folders of pictures instead of a data set")
-    add("--background-threshold", type=float, default=0.0,
+    add("--background-threshold", "--background_threshold", type=float, default=0.0,
         help="with --images: pixels whose best class is less probable than this are background (default: 0, off)")
     add_common(parser)
     args = parser.parse_args(argv)

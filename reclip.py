@@ -263,15 +263,18 @@ class ReCLIP(nn.Module):
         self.clip, self.class_names = clip.requires_grad_(False).eval(), tuple(class_names)
         self.attention, self.subtract = attention, subtract
         self.tau_1, self.pool, self.cell = tau_1, pool, clip.visual.patch  # cell: side of a patch, pixels
+        self.scale = 100  # factor on cosines where probabilities are wanted (as released)
         self.tau = 1 / clip.logit_scale.exp().item() if tau is None else tau
         self.register_buffer("W_q", query_text_features(clip, class_names, prompts) if W_q is None else W_q)  # (C, D)
         self.query = ReferencePrompt(clip, class_names, prompt_length, "class") if query_learnable else None
         self.reference = ReferencePrompt(clip, class_names, prompt_length, reference_norm) if prompt_length else None
         channels = len(class_names) if positional_channels is None else positional_channels
         width = clip.visual.class_embedding.numel()
-        self.positional = PositionalBias(width, channels, positional_last_relu, positional_gain) if channels else None
+        self.positional = None
         if constant_bias:
             self.positional = ConstantBias(len(class_names))
+        elif channels:
+            self.positional = PositionalBias(width, channels, positional_last_relu, positional_gain)
         self._known = {}  # in eval mode texts and M_p do not change: computed once
         self.register_load_state_dict_post_hook(lambda module, keys: module._known.clear())
         self.to(clip.logit_scale.device)
@@ -359,7 +362,8 @@ class ReCLIP(nn.Module):
     def save(self, path):
         """What was learnt, with class names, settings and CLIP's identity, in one file, written atomically."""
         content = {"learnt": self.learnt(), "class_names": list(self.class_names), "settings": self.settings,
-                   "clip": {"source": self.clip.source, "sha256": self.clip.sha256}}
+                   "clip": {"source": self.clip.source, "sha256": self.clip.sha256,
+                            "quick_gelu": self.clip.quick_gelu}}
         with written_atomically(path) as temporary:
             torch.save(content, temporary)
 
@@ -369,20 +373,21 @@ class ReCLIP(nn.Module):
         from where it was found then; or that same CLIP, already loaded."""
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            learnt, names, origin = content["learnt"], content["class_names"], content["clip"]
+            learnt, names = content["learnt"], content["class_names"]
+            source, sha256 = content["clip"]["source"], content["clip"]["sha256"]
         except FileNotFoundError:
             raise FileNotFoundError(f"no rectification at {path}: run python train.py --stage rectify first") from None
         except Exception as error:
             reason = str(error).split("\n")[0][:200]
             raise ValueError(f"{path} is not a rectification checkpoint, or is truncated: {reason}") from error
-        clip = clip or load_clip(origin["source"], device)
-        if clip.sha256 != origin["sha256"]:
+        clip = clip or load_clip(source, device, content["clip"].get("quick_gelu", True))
+        if clip.sha256 != sha256:
             raise ValueError(f"{path} was learnt on another CLIP than {clip.source} (sha256 differs); give the "
                              f"right one with --clip")
         try:
             model = cls(clip, names, W_q=learnt["W_q"], **content["settings"])
             model.load_state_dict(learnt | {f"clip.{k}": v for k, v in clip.state_dict().items()}, strict=True)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:
             raise ValueError(f"{path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
         return model.to(device).eval()
 
@@ -405,17 +410,17 @@ def segment(logits, cell, size, label_size, denoise=0.0, background=0.0, scale=1
         code stretches the padded grid onto the unpadded picture, which shifts masks by up to 15 pixels.)
     background: pixels whose best probability, softmax(scale * M), stays below it become IGNORE; 0: none.
     """
-    kept = strong_classes(logits, denoise)
+    kept = strong_classes(logits, denoise, scale)
     # place of each pixel in the grid, -1 .. 1, held between the centres of the outermost cells
     y, x = (((torch.arange(pixels, device=logits.device) + 0.5) * (2 * side / pixels / (cells * cell)) - 1)
             .clamp(1 / cells - 1, 1 - 1 / cells) for pixels, side, cells in zip(label_size, size, logits.shape[2:]))
     strips = []
-    for rows in y.split(max(1, 2 ** 24 // (len(kept) * len(x)))):  # a large picture at once would not fit into memory
+    for rows in y.split(max(1, 2 ** 24 // (logits.shape[1] * len(x)))):  # a large picture would not fit into memory
         places = torch.stack(torch.meshgrid(x, rows, indexing="xy"), -1)                   # (1, rows, W0, 2) below
-        pixels = F.grid_sample(logits[:, kept], places[None], align_corners=False)[0]      # (kept, rows, W0)
-        strip = kept[pixels.argmax(0)]                                                     # (rows, W0)
+        pixels = F.grid_sample(logits, places[None], align_corners=False)[0]               # (C, rows, W0)
+        strip = kept[pixels[kept].argmax(0)]                                               # (rows, W0)
         if background:
-            strip[(scale * pixels).softmax(0).amax(0) < background] = IGNORE
+            strip[(scale * pixels).softmax(0)[kept].amax(0) < background] = IGNORE
         strips.append(strip.byte())
     return torch.cat(strips)
 

@@ -24,18 +24,19 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import resource
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from inspect import signature
 from itertools import islice
 from pathlib import Path
+from zlib import crc32
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -100,12 +101,10 @@ class Settings:
     def __post_init__(self):
         positive = ("rectify_epochs", "rectify_poly_epochs", "rectify_batch", "top_k", "lr", "tau_1", "tau", "mask_tau",
                     "distill_epochs", "distill_batch", "distill_lr")
-        for name in positive:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("crop", "distill_crop", "distill_lr_floor", "alpha", "beta"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must not be below 0")
+        for name in (*positive, "crop", "distill_crop", "distill_lr_floor", "alpha", "beta"):
+            value, least = getattr(self, name), "above 0" if name in positive else "0 or more"
+            if value is not None and not (value > 0 or value == 0 and name not in positive):
+                raise ValueError(f"--{name} is {value}; it must be {least}")
 
 
 SETTINGS = {
@@ -175,16 +174,12 @@ def fit(stage, args, out, *, modules, optimiser, loss_of, batches, lr_of, steps,
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     objective = Objective(modules, loss_of)
     objective = nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
-    rows = list(csv.reader(log_path.open()))[1:first + 1] if first and log_path.exists() else []
+    rows = list(csv.reader(log_path.open()))[:first + 1] if first and log_path.exists() else [["step", "loss", "lr"]]
     progress, saved, iterator = Progress(stage, steps, first, batch_size * world), first, iter(batches(first))
-    with open(log_path if rank == 0 else os.devnull, "w", newline="") as file, stop_signals() as asked:
-        log = csv.writer(file)
-        log.writerows([["step", "loss", "lr"], *rows])
+    with stop_signals() as asked:
         for step in range(first, steps):
             batch, names = next(iterator)
-            number = (args.seed + 1) * 7_368_787 + step + rank * 1_000_000_007
-            for seed in (torch.manual_seed, random.seed, np.random.seed):  # the latter two for transforms of yours
-                seed(number % 2 ** 32)
+            torch.manual_seed((args.seed + 1) * 7_368_787 + step + rank * 1_000_000_007)  # not the stream's seeds
             for group in optimiser.param_groups:
                 group["lr"] = lr_of(step)
             loss = objective(*batch)
@@ -197,22 +192,23 @@ def fit(stage, args, out, *, modules, optimiser, loss_of, batches, lr_of, steps,
                 raise ValueError(f"the loss is {value}, its gradient's norm {norm:.3g}, at step {step} on "
                                  f"{', '.join(names)}; the step was not taken, {kept}: try a smaller learning rate")
             optimiser.step()
-            log.writerow([step, f"{value:.6g}", f"{lr_of(step):.6g}"])
+            rows.append([step, f"{value:.6g}", f"{lr_of(step):.6g}"])
             if rank == 0:
                 progress(step + 1, f"loss {value:.4f}  lr {lr_of(step):.2e}  ")
             stop = torch.tensor(len(asked), device=parameters[0].device)
             if world > 1:
                 dist.all_reduce(stop)  # all end after the same step
             if (step + 1) % save_every == 0 or step + 1 == steps or stop:
-                file.flush()
                 if rank == 0:
+                    with written_atomically(log_path) as temporary, open(temporary, "w", newline="") as file:
+                        csv.writer(file).writerows(rows)
                     write_training_state(state_path, step + 1, modules, optimiser, identity)
                     save()
                 saved = step + 1
             if stop and saved < steps:
                 raise KeyboardInterrupt
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    used = torch.cuda.max_memory_allocated() if parameters[0].is_cuda else used
+    used = torch.cuda.max_memory_allocated(parameters[0].device) if parameters[0].is_cuda else used
     print(f"{stage}: {steps - first} steps in {time.perf_counter() - progress.began:.0f} s, peak memory of the "
           f"process so far {used / 2 ** 30:.2f} GiB")
 
@@ -247,20 +243,20 @@ def read_training_state(path, modules, optimiser, identity):
         raise FileNotFoundError(f"nothing to resume: {path} does not exist; leave --resume out")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        known = state["identity"]
+        known, step, written_by = state["identity"], int(state["step"]), state["versions"]["torch"]
+        changed = [f"{key} was {known.get(key)!r}, now {value!r}" for key, value in identity.items()
+                   if known.get(key) != value]
+        contents = [*(state["modules"][name] for name in modules), state["optimiser"]]
+        for part, content in () if changed else zip([*modules.values(), optimiser], contents):
+            part.load_state_dict(content)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not a training state, or is truncated: {reason}") from error
-    changed = [f"{key} was {known.get(key)!r}, now {value!r}" for key, value in identity.items()
-               if known.get(key) != value]
     if changed:
         raise ValueError(f"cannot resume {path}: {'; '.join(changed)}")
-    for name, module in modules.items():
-        module.load_state_dict(state["modules"][name])
-    optimiser.load_state_dict(state["optimiser"])
-    if state["versions"]["torch"] != torch.__version__:
-        print(f"{path} was written by torch {state['versions']['torch']}: last digits may differ from here on")
-    return state["step"]
+    if written_by != torch.__version__:
+        print(f"{path} was written by torch {written_by}: last digits may differ from here on")
+    return step
 
 
 # --- Stage 1: rectification ---------------------------------------------------------------------------------
@@ -271,12 +267,10 @@ def label_training_set(model, split, args, s, identity, path):
     They come from CLIP alone and never change, so they are computed once and kept in `path`, by picture name
     (the released code pairs them by line number with an unsorted directory listing).
     """
-    try:
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # none yet, or not ours: computed (again)
         content = json.loads(path.read_text())
         if content["identity"] == identity and set(content["labels"]) == set(split.names):
             return content["labels"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass  # none yet, or not ours: computed (again)
     loader = DataLoader(Thumbnails(split, model.clip.input_resolution), 32, num_workers=args.workers)
     labels = model.label_pictures(loader, s.threshold, s.top_k, Progress("image-level labels", len(split)))
     with written_atomically(path) as temporary:
@@ -285,10 +279,11 @@ def label_training_set(model, split, args, s, identity, path):
     return labels
 
 
-def origin_of(args, s, clip):
+def origin_of(args, s, clip, split):
     """What pseudo-labels depend on; kept beside them, and in the identity of a run."""
     return {"data": args.data, "classes": list(args.facts.classes), "prompts": list(args.facts.prompts or PROMPTS),
-            "clip": clip.sha256, "threshold": s.threshold, "top_k": s.top_k}
+            "clip": clip.sha256, "threshold": s.threshold, "top_k": s.top_k, "pictures": len(split),
+            "names": crc32(repr(split.names).encode())}
 
 
 def training_pictures(args, limit=2):
@@ -305,7 +300,7 @@ def labelled_batches(args, stream, labels, classes, size, first, steps):
     """Batches first .. steps - 1 of the stream: ((pictures (B, 3, H, W), image-level labels (B, C) bool), names). Of
     several processes each has its own pictures; the stream never ends, so no batch is smaller than others."""
     (rank, world), cuda = rank_and_world(), args.device.startswith("cuda")
-    places = [range((step * world + rank) * size, (step * world + rank + 1) * size) for step in range(first, steps)]
+    places = (range((step * world + rank) * size, (step * world + rank + 1) * size) for step in range(first, steps))
     for pictures, names in DataLoader(stream, batch_sampler=places, num_workers=args.workers, pin_memory=cuda):
         present = torch.zeros(len(names), classes, dtype=torch.bool)  # (B, C)
         for row, name in zip(present, names):
@@ -321,9 +316,8 @@ def rectify(args, out, shuffle=False, **changes):
     options = {name: value for name, value in dataclasses.asdict(s).items() if name in signature(ReCLIP).parameters}
     clip, prompts = load_clip(args.clip, args.device), facts.prompts or PROMPTS
     model = ReCLIP(clip, facts.classes, prompts=prompts, **options).train()
-    origin = origin_of(args, s, model.clip)
     with rank_0_first():
-        split = training_pictures(args)
+        origin = origin_of(args, s, model.clip, split := training_pictures(args))
         labels = label_training_set(model, split, args, s, origin, args.out / "image_labels.json")
     if shuffle:
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(args.seed)).tolist()
@@ -345,7 +339,6 @@ def rectify(args, out, shuffle=False, **changes):
             Z = x if fixed else model.features(x)                                      # (16 B, D, h, w)
             for z, ((_, present), names) in zip(Z.split(s.rectify_batch), ahead):
                 yield (z, present), names
-
     lr = poly(s.lr, s.poly_power, s.rectify_poly_epochs)
     learnable = {name: m for name in ("query", "reference", "positional") if (m := getattr(model, name))}
     if not learnable:
@@ -353,8 +346,8 @@ def rectify(args, out, shuffle=False, **changes):
     optimiser = torch.optim.SGD([p for m in learnable.values() for p in m.parameters()], s.lr, s.momentum,
                                 weight_decay=s.weight_decay)
     fit("rectify", args, out, modules=learnable, optimiser=optimiser, loss_of=lambda batch: model.loss(*batch),
-        batches=batches, lr_of=lambda step: lr(step * a_step // len(split)), steps=steps,
-        identity=origin | dataclasses.asdict(s) | {"pictures": len(split)}, batch_size=s.rectify_batch,
+        batches=batches, lr_of=lambda step: lr(step * a_step // len(split)), steps=steps, batch_size=s.rectify_batch,
+        identity=origin | dataclasses.asdict(s),
         save=lambda: model.save(out / "rectify.pt"), save_every=math.ceil(len(split) / a_step))
     return model.eval()
 
@@ -370,7 +363,7 @@ def distill(args, out, **changes):
     if teacher.class_names != facts.classes:
         raise ValueError(f"{args.teacher or out / 'rectify.pt'} was learnt for other classes than {args.data}'s: "
                          f"{', '.join(teacher.class_names)}")
-    if (not teacher.subtract or "reference" in s.head and not teacher.reference
+    if ("reference" in s.head and not (teacher.subtract and teacher.reference)
             or "positional" in s.head and not teacher.positional):
         raise ValueError(f"--head {s.head} subtracts the parts it is named for: rectify again with them and --subtract")
     torch.manual_seed(args.seed)
@@ -383,14 +376,14 @@ def distill(args, out, **changes):
     student = DeepLabV2(teacher.class_names, W_q, W_r, M_p=M_p, student=s.student, head=s.head,
                         backbone_weights=None if s.backbone_weights == "none" else s.backbone_weights).train()
     student.to(memory_format=torch.channels_last)  # the same numbers, faster convolutions
-    origin = origin_of(args, s, teacher.clip)
     with rank_0_first():
-        split = training_pictures(args)
+        origin = origin_of(args, s, teacher.clip, split := training_pictures(args))
         labels = label_training_set(teacher, split, args, s, origin, args.out / "image_labels.json")
-    # Never smaller than the crop: the student would learn the teacher's opinion of grey padding (ours)
+    # Not smaller than the crop (up to 4:1): the student would learn the teacher's opinion of grey padding (ours)
     stream = TrainingStream(split, Augment(s.long_side, s.distill_crop, s.distill_crop, ratio=(1.0, 2.0), flip=s.flip,
                                            photometric=s.photometric), args.seed)
     a_step = s.distill_batch * rank_and_world()[1]  # pictures
+    mask_tau = s.mask_tau or (1.0 if s.head == "original" else None)  # a classifier that learns finds its own scale
     steps = math.ceil(s.distill_epochs * len(split) / a_step)
     lr = poly(s.distill_lr, s.poly_power, s.distill_epochs)
     optimiser = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], s.distill_lr, s.momentum,
@@ -398,13 +391,11 @@ def distill(args, out, **changes):
 
     def loss_of(batch):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            return distillation_loss(teacher, student, *batch, mask_tau=s.mask_tau, alpha=s.alpha, beta=s.beta)
-
+            return distillation_loss(teacher, student, *batch, mask_tau=mask_tau, alpha=s.alpha, beta=s.beta)
     fit("distill", args, out, modules={"student": student}, optimiser=optimiser, loss_of=loss_of,
         batches=lambda first: labelled_batches(args, stream, labels, len(facts.classes), s.distill_batch, first, steps),
         lr_of=lambda step: max(lr(step * a_step // len(split)), s.distill_lr_floor), steps=steps,
-        identity=origin | dataclasses.asdict(s) | {"pictures": len(split), "teacher": teacher.fingerprint()},
-        batch_size=s.distill_batch,
+        identity=origin | dataclasses.asdict(s) | {"teacher": teacher.fingerprint()}, batch_size=s.distill_batch,
         save=lambda: student.save(out / "distill.pt"), save_every=math.ceil(len(split) / a_step))
     return student.eval()
 
@@ -420,8 +411,7 @@ def pretrain(args, out):
 
 def run_all(args, out):
     """Both stages and a table in the form of the paper's Tables 2 and 4."""
-    plain = rectify(args, out / "reference_only", positional_channels=0)
-    model = rectify(args, out)
+    plain, model = rectify(args, out / "reference_only", positional_channels=0), rectify(args, out)
     student = distill(args, out)
     rows = [("MaskCLIP (Query only)", model, "clip", out, []),
             ("+ Reference", plain, "rectify", out / "reference_only", []),
@@ -446,8 +436,7 @@ ROWS = {
     "mean_logit": ("control: minus the mean logit of each class", "mean", {"constant_bias": True}, None),
     "distilled": ("distilled: Query + Reference head, all losses", "distill", {}, (75.4, 33.8, 14.3)),
     "linear": ("linear classification on the student's features, WITH LABELS", "linear", {}, (76.1, None, None)),
-    # a classifier that learns finds its own scale: no temperature
-    "head_original": ("original head", "distill", {"head": "original", "mask_tau": 1.0}, (73.8, None, None)),
+    "head_original": ("original head", "distill", {"head": "original"}, (73.8, None, None)),
     "head_query": ("Query head", "distill", {"head": "query"}, (74.1, None, None)),
     "head_positional": ("with positional", "distill", {"head": "query_reference_positional"}, (75.0, None, None)),
     "loss_mask": ("mask loss", "distill", {"alpha": 0.0, "beta": 0.0}, (73.0, None, None)),
@@ -476,7 +465,7 @@ def train_row(job):
         torch.set_num_threads(1)
     row, folder = plan["rows"][name], args.out / "paper" / f"seed{seed}" / name
     run = argparse.Namespace(**vars(args) | {"seed": seed, "teacher": folder.parent / "both" / "rectify.pt"})
-    wanted = {"row": row, "settings": dataclasses.asdict(args.settings), "clip": plan["clip_sha256"]}
+    wanted = [row["stage"], row["changes"], dataclasses.asdict(args.settings), plan["clip_sha256"]]
     done, learns = folder / "done.json", row["stage"] in ("rectify", "distill")
     if learns and not (done.is_file() and json.loads(done.read_text())["row"] == wanted):
         began = time.perf_counter()
@@ -485,6 +474,16 @@ def train_row(job):
             temporary.write_text(json.dumps({"row": wanted, "seconds": time.perf_counter() - began}))
     measured(args, plan, name, seed)
     return f"{name}, seed {seed}"
+
+
+def end_with_parent():
+    """A worker whose parent was killed would train on for hours; so it is asked to stop, fit saves, and it ends."""
+    def wait():
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def run_paper(args, out):
@@ -500,16 +499,15 @@ def run_paper(args, out):
         temporary.write_text(text := json.dumps(plan, indent=1))
     plan = json.loads(text)  # as eval.py will read it
     seeds = dict.fromkeys(stages, args.seeds) | {"clip": 1, "mean": 1}  # nothing random in these
-    jobs = [[(args, plan, name, seed) for seed in range(seeds[stage]) for name in rows if rows[name]["stage"] == stage]
+    jobs = [[(args, plan, name, seed) for seed in range(seeds[stage]) for name in rows if ROWS[name][1] == stage]
             for stage in stages]
-    at_once = os.cpu_count() if args.device == "cpu" else 1
-    began, ended, total = time.perf_counter(), 0, sum(map(len, jobs))
-    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
-        for wave in jobs:  # a student needs its teacher
-            for title in pool.map(train_row, wave):
-                ended += 1
-                left = (time.perf_counter() - began) / ended * (total - ended) / 60
-                print(f"row {ended}/{total}: {title}; about {left:.0f} min left", flush=True)
+    open_split(args.data, args.root, "train", args.download)  # fetched, if at all, by this process alone
+    at_once, began, total = os.cpu_count() if args.device == "cpu" else 1, time.perf_counter(), sum(map(len, jobs))
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+        done = (title for wave in jobs for title in pool.map(train_row, wave))  # in waves: a student needs its teacher
+        for ended, title in enumerate(done, 1):
+            left = (time.perf_counter() - began) / ended * (total - ended) / 60
+            print(f"row {ended}/{total}: {title}; about {left:.0f} min left", flush=True)
     report_paper(args)
 
 
@@ -541,8 +539,6 @@ def parse(argv=None):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         group.add_argument(f"--{field.name}", help=f"{field.metadata['help']} [{shown}]", default=None, **kind)
     args = settle(parser.parse_args(argv))
-    if args.stage == "pretrain" and (args.data != "shapes" or args.epochs):
-        raise ValueError("--stage pretrain makes the tiny CLIP of shapes in fixed steps: neither --data nor --epochs")
     if args.stage in ("all", "paper") and not args.facts.splits:
         raise ValueError(f"--stage {args.stage} evaluates, and {args.data} has no labels: --stage rectify or distill")
     if args.seeds < 1:
@@ -550,6 +546,11 @@ def parse(argv=None):
     changes = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if getattr(args, f.name) is not None}
     if args.epochs is not None:
         changes[f"{args.stage if args.stage == 'distill' else 'rectify'}_epochs"] = args.epochs
+    if args.stage == "pretrain" and (args.data != "shapes" or changes):
+        raise ValueError("--stage pretrain makes the tiny CLIP of shapes in fixed steps: no --data, no settings")
+    varied = {key for _, _, settings, _ in ROWS.values() for key in settings} & set(changes)
+    if args.stage == "paper" and varied:
+        raise ValueError(f"--{', --'.join(sorted(varied))}: the rows of --stage paper differ in it")
     args.settings = dataclasses.replace(SETTINGS.get(args.data, SETTINGS["own"]), **changes)
     if args.data != "shapes" and not (args.settings.crop and args.settings.distill_crop):
         raise ValueError(f"--crop 0 and --distill_crop 0 need pictures of one size; those of {args.data} differ")
@@ -566,7 +567,7 @@ def join_processes(args):
     if cuda := args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))  # rank 0 may label ADE20K
     print(f"process {dist.get_rank() + 1} of {dist.get_world_size()}: so many times the pictures a step, so many times "
           "fewer steps, the same learning rate")
 
@@ -587,14 +588,12 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: out of memory, try a smaller batch or crop ({str(error).splitlines()[0]})")
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"train.py: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped, and what was reached is saved; the same command with --resume goes on from there")
+        sys.exit("train.py: stopped, and if a state was saved, the same command with --resume goes on from it")
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
-        sys.exit(f"train.py: process {dist.get_rank() + 1} lost another one ({str(error).splitlines()[0]}); start all "
-                 "again with --resume")
+        sys.exit(f"train.py: process {dist.get_rank() + 1} failed or lost another one ({str(error).splitlines()[0]}); "
+                 "start all again with --resume")

@@ -82,6 +82,10 @@ def test_segment_with_dropped_class_and_background():
     logits[0, :, 1, 1] = torch.tensor([0.0, 0.0, 0.001])  # softmax(100 * that): 0.36 at best
     assert segment(logits, 1, (2, 2), (2, 2), background=0.4).tolist() == [[1, 2], [2, IGNORE]]
     assert segment(logits, 1, (2, 2), (2, 2), background=0.3).tolist() == [[1, 2], [2, 2]]
+    # a class that denoising dropped still takes its share of the probability
+    logits[0, :, 1, 1] = torch.tensor([0.004, 0.0, 0.004])
+    assert segment(logits, 1, (2, 2), (2, 2), denoise=0.5, background=0.45).tolist() == [[1, 2], [2, IGNORE]]
+    assert segment(logits, 1, (2, 2), (2, 2), denoise=0.5, background=0.35).tolist() == [[1, 2], [2, 2]]
 
 
 def window_mean(picture):

@@ -149,8 +149,10 @@ def test_biases_stand_in_their_places():
 
 ROWS = {"clip": ("CLIP", "clip", {}, (49.5, 21.7, 9.5)), "both": ("both biases", "rectify", {}, (58.5, None, 11.1)),
         "one_number": ("one number", "rectify", {"prompt_length": 0, "constant_bias": True}, None),
-        "mean_logit": ("minus the mean", "mean", {"constant_bias": True}, None)}
-TABLES = {"table4": ("Table 4", ("clip", "both")), "controls": ("Controls", ("both", "one_number", "mean_logit"))}
+        "mean_logit": ("minus the mean", "mean", {"constant_bias": True}, None),
+        "even": ("as good as CLIP", "clip", {}, (49.5, 21.7, 9.5))}
+TABLES = {"table3": ("Table 3", ("clip", "even")), "table4": ("Table 4", ("clip", "both")),
+          "controls": ("Controls", ("both", "one_number", "mean_logit"))}
 
 
 
@@ -181,6 +183,7 @@ def test_report_equals_an_independent_count(small, tmp_path, capsys):
     train_set = torch.stack([picture for picture, _, _ in Evaluation(open_split("shapes", "", "train"), 64)])
     with torch.no_grad():
         models["mean_logit"].positional.numbers.data = 10 * models["clip"].eval()(train_set).query.mean((0, 2, 3))
+    models["even"] = models["clip"]
     models["mean_logit"].reference = None  # -> M_q minus its mean over the training pictures
     plan = {"seeds": 1, "clip_sha256": clip.sha256, "tables": TABLES, "rows": {
         name: dict(zip(("name", "stage", "changes", "paper"), row)) for name, row in ROWS.items()}}
@@ -193,7 +196,7 @@ def test_report_equals_an_independent_count(small, tmp_path, capsys):
     models["one_number"].save(out / "seed0" / "one_number" / "rectify.pt")
     evaluation.main(small)
     files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    assert set(files) == {"plan.json", "report.md", "table4.csv", "controls.csv", "figure1a.png", "figure1b.png",
+    assert set(files) == {"plan.json", "report.md", "table3.csv", "table4.csv", "controls.csv", "figure1a.png", "figure1b.png",
                           "figure3.png"}
     mious, pictures = {}, list(Evaluation(open_split("shapes", "", "test"), 64))
     for name, model in models.items():
@@ -224,6 +227,8 @@ def test_report_equals_an_independent_count(small, tmp_path, capsys):
         said = f"- {ROWS[other][0]} -> {ROWS['both'][0]}: {gain:+.1f} here, {told}"
         assert said + ("" if gain > 0 else ": **does not come out**") in report.splitlines()
 
+    assert "- CLIP -> as good as CLIP: +0.0 here, +0.0 in the paper" in report.splitlines()
+
     def unchanged():
         evaluation.main(small)
         assert files == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
@@ -253,7 +258,7 @@ def test_a_row_is_trained_once(small, tmp_path, monkeypatch):
     trained, rectify = [], train.rectify
     monkeypatch.setattr(train, "rectify", lambda args, out, **changes: (trained.append(out.name),
                                                                         rectify(args, out, **changes)))
-    command = [*small, "--seeds", "1", "--rectify_epochs", "1", "--rectify_batch", "4", "--prompt_length", "4"]
+    command = [*small, "--seeds", "1", "--rectify_epochs", "1", "--rectify_batch", "4", "--momentum", "0"]
     train.main(command)
     assert trained == ["both", "one_number"]
     report = (tmp_path / "paper" / "report.md").read_text()
@@ -267,6 +272,8 @@ def test_a_row_is_trained_once(small, tmp_path, monkeypatch):
     assert trained[3:] == ["both"]
     train.main([*command, "--lr", "0.1"])
     assert trained[4:] == ["both", "one_number"]
+    with pytest.raises(ValueError, match="--constant_bias: the rows of --stage paper differ in it"):
+        train.main([*command, "--constant_bias"])
 
 
 # --- Linear classification ----------------------------------------------------------------------------------

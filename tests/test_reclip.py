@@ -686,3 +686,15 @@ def test_files_that_hold_no_model(saved, tmp_path):
 def test_unfit_arguments(clip, classes, settings, word):
     with pytest.raises(ValueError, match=word):
         ReCLIP(clip, classes, W_q=torch.zeros(len(classes), 12), **settings)
+
+
+def test_a_clip_of_exact_gelu_is_loaded_as_such(make_clip, merges, tmp_path):
+    # LAION's CLIPs: the file does not tell, so the checkpoint must
+    torch.save({"state_dict": make_clip().state_dict(), "merges": [list(pair) for pair in merges]}, tmp_path / "c.pt")
+    clip = load_clip(tmp_path / "c.pt", quick_gelu=False)
+    model = ReCLIP(clip, ["cat", "dog"], prompts=["a {}"]).eval()
+    model.save(tmp_path / "r.pt")
+    images = torch.rand(1, 3, 8, 12)
+    assert torch.equal(ReCLIP.load(tmp_path / "r.pt")(images).rectified, model(images).rectified)
+    quick = ReCLIP(load_clip(tmp_path / "c.pt"), ["cat", "dog"], prompts=["a {}"]).eval()
+    assert not torch.equal(quick(images).query, model(images).query)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import datasets
 import pretrain
 import train
 from datasets import DATA
@@ -239,3 +240,19 @@ def test_distillation_resumes_to_the_bit_without_labels_and_knows_its_teacher(co
     train.main(command("teacher", "--epochs", "1", "--seed", "5"))
     with pytest.raises(ValueError, match="teacher was '.*', now '"):
         distill("parts", "--resume")
+
+
+def test_cache_keeps_decoded_pictures_and_says_their_size(command, tmp_path, monkeypatch, capsys):
+    """Three epochs of 4 pictures, four readings for the estimate of the size, four for the pseudo-labels: kept, each file
+    is decoded once; not kept, for every use. What is learnt is the same."""
+    decoded, read = [], datasets.read_picture
+    monkeypatch.setattr(datasets, "read_picture", lambda path, *more: decoded.append(path) or read(path, *more))
+    train.main(command("kept"))
+    assert len(decoded) == len(set(decoded)) + 4  # the estimate comes before the decision
+    said = capsys.readouterr().out
+    assert "4 training pictures, decoded about 0.00 GiB: kept in memory" in said
+    decoded.clear()
+    train.main(command("read", "--no-cache"))
+    assert len(decoded) == 4 + 4 + 12 and "not kept in memory" in capsys.readouterr().out
+    kept, again = learnt(tmp_path / "kept"), learnt(tmp_path / "read")
+    assert all(torch.equal(kept[key], again[key]) for key in kept)
