@@ -396,7 +396,7 @@ def verify(data, root):
 
 # It has two sides. The *web*, on which the tiny CLIP is pre-trained (tests/pretrain.py), has captioned scenes without
 # habits and staged close-ups with: each class in its own half of the page and in its own colour. The *target*, to be
-# segmented, drawn here, has the same classes anywhere, twins share their colours, and every pixel has a label, for
+# segmented, drawn here, has the same classes anywhere, twins share two colours, and every pixel has a label, for
 # evaluation alone. So what patches learn of place and colour from close-ups is a bias on the target.
 
 # Grounds: hue, saturation, value, and the waves of the texture, across and down, a picture of 64 pixels.
@@ -448,7 +448,7 @@ def paint(size, ground, things, rng):
 
 
 def new_thing(name, x, y, r, rng, own_colour=0.5):
-    """(name, x, y, r, hue, angle); own_colour: how often it shows its own hue rather than any of the twins' two.
+    """(name, x, y, r, hue, angle); own_colour: how often it shows its own hue for sure, else either of the twins' two.
     One in five has any hue at all."""
     k, hues = SHAPES_CLASSES.index(name), list(HUES.values())
     twins = hues[k // 2 * 2:k // 2 * 2 + 2]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from clip_model import CLIP, Tokenizer, normalise, written_atomically
 from datasets import GROUNDS, HUES, SHAPES_CLASSES, SHAPES_PROMPTS, new_thing, paint
 
-OWN_COLOUR = 0.9  # how often a close-up shows a class in its own hue; elsewhere 0.5, as often as in its twin's
+OWN_COLOUR = 0.9  # of close-ups: own hue 19 times as often as the twin's; elsewhere (0.5) 3 times as often
 
 
 # --- The web: captioned scenes without habits, close-ups with -------------------------------------------------
@@ -195,5 +195,3 @@ def pretrain_clip(args, out, fit):
     fit("pretrain", args, out, modules={"clip": clip, "average": average}, optimiser=optimiser, loss_of=loss_of,
         batches=batches, lr_of=lr_of, steps=s.steps, identity=dataclasses.asdict(s), save=save, save_every=100,
         max_norm=1.0, batch_size=s.scenes)
-
-
