@@ -11,7 +11,7 @@ from PIL import Image
 
 import eval as evaluation
 from conftest import ROOT
-from datasets import IGNORE
+from datasets import DATA, IGNORE, open_split
 from eval import colour_mask, confusion_matrix, draw_grid, scores
 from reclip import segment, slide, strong_classes
 
@@ -230,3 +230,28 @@ def test_windows_and_attention_reach_the_evaluation(tmp_path):
         assert report["protocol"]["window"] == (48 if "--window" in options else 0)
         seen.add(report["miou"])
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("data, raw", [
+    ("voc", "VOCdevkit/VOC2012/SegmentationClass"), ("context", "VOCdevkit/VOC2010/SegmentationClassContext"),
+    ("ade20k", "ADEChallengeData2016/annotations/validation")])
+def test_miou_on_real_labels_equals_a_count_on_the_raw_files(shared, data, raw):
+    """Made predictions (the truth moved by ten pixels, wrapped around) on the real label files; counted again from the
+    PNGs' own values, with numpy and without the project."""
+    folder = shared(raw)
+    split, facts = open_split(data, folder.parents[str(raw).count("/")], "val"), DATA[data]
+    C, confusion, hit, either = len(facts.classes), 0, {}, {}
+    for i in range(len(split)):
+        label = split.label(i)
+        prediction = torch.where(label == IGNORE, 0, label).roll(10, 1)
+        confusion = confusion + confusion_matrix(prediction, label, C)
+        values = np.array(Image.open(folder / f"{split.names[i]}.png")).astype(int)
+        seen = (values != 0) & (values != 255)
+        guess = np.roll(np.where(seen, values, 1), 10, 1)
+        for c in range(1, C + 1):
+            hit[c] = hit.get(c, 0) + int((seen & (values == c) & (guess == c)).sum())
+            either[c] = either.get(c, 0) + int((seen & ((values == c) | (guess == c))).sum())
+    present = {int(v) for i in range(len(split)) for v in np.unique(Image.open(folder / f"{split.names[i]}.png"))} - {0, 255}
+    expected = sum(hit[c] / either[c] for c in present) / len(present)
+    result = scores(confusion)
+    assert 0.2 < expected < 1 and abs(result["miou"] - expected) < 1e-12 and result["present"] == len(present)
