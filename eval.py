@@ -503,7 +503,7 @@ def add_common(parser):
     add("--denoise", type=float, help="drop classes whose best probability is below; 0: off (default: as released)")
     add("--short-side", "--short_side", type=int, help="evaluation: pixels; 0: own size (default: the data set's)")
     add("--window", type=int, default=0, help="evaluate in sliding windows of this side, pixels; 0: whole pictures")
-    add("--stride", type=int, default=224, help="distance of the windows, pixels (default: 224)")
+    add("--stride", type=int, help="distance of the windows, pixels (default: 224, at most the window)")
 
 
 def settle(args):
@@ -524,9 +524,10 @@ def settle(args):
     args.short_side = args.facts.short_side if args.short_side is None else args.short_side
     if not 0 <= args.denoise <= 1:
         raise ValueError(f"--denoise {args.denoise}: a probability between 0 and 1")
+    args.stride = min(224, args.window) if args.stride is None else args.stride
     if args.window < 0 or args.short_side < 0 or args.window and not 0 < args.stride <= args.window:
-        raise ValueError(f"--short-side {args.short_side} --window {args.window} --stride {args.stride}: not below 0, "
-                         "and 0 < stride <= window")
+        raise ValueError(f"--short-side {args.short_side} --window {args.window} --stride {args.stride}: none below 0, "
+                         "and --stride not larger than --window")
     args.workers = args.workers if args.workers is not None else 4 if args.device.startswith("cuda") else 0
     args.out = args.out or Path("runs") / Path(args.data).resolve().name
     try:
@@ -552,9 +553,9 @@ def parse(argv):
     if args.attention and args.stage != "clip":
         raise ValueError("--attention goes with --stage clip; a checkpoint keeps its own")
     if not 0 <= args.background_threshold <= 1 or args.background_threshold and not args.images:
-        raise ValueError(f"--background-threshold {args.background_threshold}: a probability, and only with --images")
-    if args.images and args.stage == "clip" and not (args.classes or args.data):
-        raise ValueError("--stage clip --images needs --classes 'cat, dog, grass' or a file with one class a line")
+        raise ValueError(f"--background-threshold {args.background_threshold} must lie in 0..1 and goes with --images")
+    if args.images and not (args.data or (args.classes if args.stage == "clip" else args.checkpoint or args.out)):
+        raise ValueError("--images needs --classes 'cat, dog' with --stage clip, else --checkpoint runs/NAME/STAGE.pt")
     args.out = args.out or (args.images and args.checkpoint and args.checkpoint.parent)
     return settle(args)
 
@@ -577,11 +578,11 @@ def main(argv=None):
         torch.set_num_threads(1)  # as in train.py: tensors this small stall on shared cores
     if args.stage == "paper":
         return report_paper(args)
-    pictures = Folder(*args.images) if args.images else None
+    pictures = Folder(*args.images) if args.images else labelled(args, args.split)  # missing? told before CLIP
     model = open_model(args, args.stage, args.checkpoint or args.out / f"{args.stage}.pt",
                        attention=args.attention or "maskclip")
     args.facts = args.facts if args.facts.classes else own_facts(model.class_names)
-    if pictures:
+    if args.images:
         return segment_pictures(args, model, args.stage, pictures)
     if not args.facts.splits:
         raise ValueError(f"{args.data} has no labels to evaluate on; eval.py --images {args.data} draws its masks")

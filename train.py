@@ -209,8 +209,8 @@ def fit(stage, args, out, *, modules, optimiser, loss_of, batches, lr_of, steps,
                 raise KeyboardInterrupt
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     used = torch.cuda.max_memory_allocated(parameters[0].device) if parameters[0].is_cuda else used
-    print(f"{stage}: {steps - first} steps in {time.perf_counter() - progress.began:.0f} s, peak memory of the "
-          f"process so far {used / 2 ** 30:.2f} GiB")
+    print(f"{stage}: {steps - first} of {steps} steps in {time.perf_counter() - progress.began:.0f} s, peak memory of "
+          f"the process so far {used / 2 ** 30:.2f} GiB, written to {out}")
 
 
 def rank_and_world():
@@ -288,7 +288,8 @@ def origin_of(args, s, clip, split):
 
 def training_pictures(args, limit=2):
     """The training split; with --cache, or below `limit` GiB (ours) without it, its decoded pictures stay in memory."""
-    split = open_split(args.data, args.root, "train", args.download)
+    with rank_0_first():
+        split = open_split(args.data, args.root, "train", args.download)
     some = [split.picture(i).numel() for i in range(0, len(split), max(1, len(split) // 20))]
     size = sum(some) / len(some) * len(split) * max(1, args.workers) / 2 ** 30  # each worker has its own copy
     split.keep = size < limit if args.cache is None else args.cache
@@ -311,13 +312,13 @@ def labelled_batches(args, stream, labels, classes, size, first, steps):
 def rectify(args, out, shuffle=False, **changes):
     """Sec. 3.1-3.4: learns Reference prompt and positional net; writes <out>/rectify.pt. -> ReCLIP, eval mode.
     For ablations and controls: changes replace settings, shuffle deals the image-level labels to other pictures."""
-    s, facts = dataclasses.replace(args.settings, **changes), args.facts
+    s, facts, split = dataclasses.replace(args.settings, **changes), args.facts, training_pictures(args)
     torch.manual_seed(args.seed)
     options = {name: value for name, value in dataclasses.asdict(s).items() if name in signature(ReCLIP).parameters}
     clip, prompts = load_clip(args.clip, args.device), facts.prompts or PROMPTS
     model = ReCLIP(clip, facts.classes, prompts=prompts, **options).train()
     with rank_0_first():
-        origin = origin_of(args, s, model.clip, split := training_pictures(args))
+        origin = origin_of(args, s, model.clip, split)
         labels = label_training_set(model, split, args, s, origin, args.out / "image_labels.json")
     if shuffle:
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(args.seed)).tolist()
@@ -357,7 +358,7 @@ def rectify(args, out, shuffle=False, **changes):
 def distill(args, out, **changes):
     """Sec. 3.5: the rectified CLIP of <out>/rectify.pt, frozen, teaches DeepLab V2; writes <out>/distill.pt.
     -> DeepLabV2, eval mode. changes: settings to replace, for ablations."""
-    s, facts = dataclasses.replace(args.settings, **changes), args.facts
+    s, facts, split = dataclasses.replace(args.settings, **changes), args.facts, training_pictures(args)
     clip = load_clip(args.given_clip, args.device) if args.given_clip else None  # None: where rectify found it
     teacher = ReCLIP.load(args.teacher or out / "rectify.pt", clip, args.device)
     if teacher.class_names != facts.classes:
@@ -377,7 +378,7 @@ def distill(args, out, **changes):
                         backbone_weights=None if s.backbone_weights == "none" else s.backbone_weights).train()
     student.to(memory_format=torch.channels_last)  # the same numbers, faster convolutions
     with rank_0_first():
-        origin = origin_of(args, s, teacher.clip, split := training_pictures(args))
+        origin = origin_of(args, s, teacher.clip, split)
         labels = label_training_set(teacher, split, args, s, origin, args.out / "image_labels.json")
     # Not smaller than the crop (up to 4:1): the student would learn the teacher's opinion of grey padding (ours)
     stream = TrainingStream(split, Augment(s.long_side, s.distill_crop, s.distill_crop, ratio=(1.0, 2.0), flip=s.flip,
@@ -563,13 +564,13 @@ def parse(argv=None):
 def join_processes(args):
     """Under torchrun: this process's part in the run, one GPU each (NCCL), or the CPU (gloo)."""
     if args.stage not in ("rectify", "distill"):
-        raise ValueError(f"--stage {args.stage} is a matter of one process: start it without torchrun")
+        raise ValueError(f"--stage {args.stage} is a matter of one process: torchrun goes with rectify and distill")
     if cuda := args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))  # rank 0 may label ADE20K
-    print(f"process {dist.get_rank() + 1} of {dist.get_world_size()}: so many times the pictures a step, so many times "
-          "fewer steps, the same learning rate")
+    if dist.get_rank() == 0:
+        print(f"{dist.get_world_size()} processes: so many times the pictures a step and fewer steps; --lr stays")
 
 
 def main(argv=None):

@@ -211,7 +211,8 @@ def test_thirty_odd_pictures_are_trained_on_and_segmented(odd_pictures, tiny_cli
     (["--data", "."], "needs --classes"),
     (["--data", "voc", "--classes", "a, b"], "--classes goes with your own pictures"),
     (["--stage", "clip", "--window", "60", "--stride", "24"], "multiples of 8"),
-    (["--window", "64", "--stride", "0"], "--stride 0"), (["--background-threshold", "0.5"], "only with --images"),
+    (["--window", "64", "--stride", "0"], "--stride 0"), (["--background-threshold", "0.5"], "goes with --images"),
+    (["--background-threshold", "2"], "must lie in 0..1"),
     (["--attention", "sclip"], "--attention goes with --stage clip"),
     (["--stage", "clip", "--images", "nothing.jpg", "--classes", "coin, ring"], "nothing.jpg")])
 def test_options_that_do_not_fit_end_in_one_sentence(options, words, tmp_path):
@@ -255,3 +256,10 @@ def test_miou_on_real_labels_equals_a_count_on_the_raw_files(shared, data, raw):
     expected = sum(hit[c] / either[c] for c in present) / len(present)
     result = scores(confusion)
     assert 0.2 < expected < 1 and abs(result["miou"] - expected) < 1e-12 and result["present"] == len(present)
+
+
+def test_images_need_to_know_by_which_model():
+    with pytest.raises(ValueError, match="--images needs .* --checkpoint runs/NAME/STAGE.pt"):
+        evaluation.parse(["--stage", "distill", "--images", "."])
+    assert evaluation.parse(["--stage", "distill", "--images", ".", "--checkpoint", "a/b.pt"]).out.name == "a"
+    assert evaluation.parse(["--window", "64"]).stride == 64 and evaluation.parse(["--window", "336"]).stride == 224
