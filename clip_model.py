@@ -11,7 +11,7 @@ What stands here
 
 Symbols
     B pictures, N texts or tokens, C classes; H x W pixels, h x w patches (h = ceil(H / patch size)), n = h*w
-    D joint width of image and text, E width of a transformer (768 and 512 in ViT-B/16), L prompt vectors
+    D joint width of image and text, E width of a transformer (ViT-B/16: 768, 512), L prompt vectors, T names' tokens
 
 Copied elsewhere, it is used like this:
     clip = load_clip("ViT-B/16")
