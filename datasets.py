@@ -1,599 +1,1396 @@
-"""Pictures and labels: shapes (a miniature world, drawn from a seed), VOC, Context, ADE20K, and your own pictures.
+"""Images and their truth: shapes (a miniature world), VOC, Context, ADE20K, and images of your own.
 
-What stands here
-    DATA                     facts of each data set: class names, palette, evaluation protocol
-    own_facts, read_classes  the same for your own pictures, whose classes you name
-    Files, Folder            a split on disk: pictures, labels, names; your own pictures, without labels
-    Shapes                   a split of the miniature world, the same three
-    Augment                  the training transform of Sec. 4.1, random crop and flip
-    TrainingStream           an endless, seeded, resumable stream of pictures. It never opens a label
-    Thumbnails               each picture once, as CLIP's image encoder wants it
-    Evaluation               picture, label, name
+What stands here, from top to bottom
+    DATA, own_facts          facts of each data set: class names, colors, evaluation protocol
+    SETTINGS                 the hyper-parameters of training on each data set, with their sources
+    LAYOUTS, open_split      where the files of a data set lie; one split of it, opened
+    Files, Folder            a split on disk: images, truth, names; your own images, without truth
+    Augment                  the training transform of Sec. 4.1: random crop, random flip
+    TrainingStream           an endless, seeded, resumable stream of images. It never opens a label
+    Thumbnails               each image once, as CLIP's image encoder wants it
+    Evaluation               image, truth, name
+    Progress                 one line: how far, how fast, how long still
+    Shapes, target_scene     a split of the miniature world, drawn from a seed
     prepare, verify          python datasets.py --prepare voc --root data --download
 
-Symbols
-    C classes; H x W pixels. Pictures are uint8 (3, H, W) or float in [0, 1]; no normalisation here, because
-    CLIP and the student each have their own. Labels are uint8 (H, W): class 0..C-1, or 255 = not evaluated.
+Words and symbols
+    C classes; H x W pixels.
+    image        uint8 (3, H, W), 0 to 255, or float (3, H, W) in [0, 1]. Not normalized by mean and
+                 standard deviation here, because CLIP and the student each have their own
+    truth        uint8 (H, W): the class 0..C-1 of each pixel, or 255 = IGNORE = not evaluated
+    annotation   the file that truth is read from; its values differ from one data set to the next
 
-Copied elsewhere, it is used like this:
+Sources of numbers: "Sec. 4.1" = the paper, "released" = its authors' code, "ours" = chosen here.
+
+Copied elsewhere (it needs torch, torchvision, numpy and Pillow), it is used like this:
+
     stream = TrainingStream(open_split("voc", "data", "train"), Augment(2048, 336, 336), seed=0)
-    for pictures, names in DataLoader(stream, batch_size=4, sampler=range(4000)): ...
-    for picture, label, name in Evaluation(open_split("voc", "data", "val"), short_side=336): ...
+    for images, names in DataLoader(stream, batch_size=4, sampler=range(4000)):
+        ...                                          # images: float (4, 3, 336, 336) in [0, 1]
+
+    for image, truth, name in Evaluation(open_split("voc", "data", "val"), short_side=336):
+        ...                                          # image: float (3, h, w); truth: uint8 (H, W)
 """
 
 import argparse
 import colorsys
+import dataclasses
 import json
 import math
 import shutil
 import sys
 import tempfile
-import urllib.request
-from collections import namedtuple
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from os.path import isfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.transforms import InterpolationMode, v2
 
-IGNORE = 255                                   # in labels: not evaluated
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of your own pictures, in any case
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # whatever the name; for others Pillow starts programs
-PADDING = (124, 116, 104)                      # ImageNet's mean colour, within 0.03 of zero after either normalisation
+IGNORE = 255  # in truth: this pixel is not evaluated
 
 
-# --- Facts --------------------------------------------------------------------------------------------------
+# --- Facts: class names, colors, protocol ---------------------------------------------------------
 
-# As the paper's authors prompt with them, in the order of the label values 1..20.
-VOC_CLASSES = ("airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
-               "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor")
-CONTEXT_CLASSES = tuple(n.strip() for n in """airplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle,
-building, bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower,
-food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate, platform, potted plant, road,
-rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tv monitor, wall, water,
-window, wood""".split(","))
-ADE_CLASSES = tuple(n.strip() for n in """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass,
-cabinet, sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
-house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box,
-column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs,
-runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower,
-book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel,
-bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track,
-apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt,
-canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball,
-food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood,
-sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator,
-glass, clock, flag""".split(","))
-SHAPES_CLASSES = ("coin", "ring", "box", "gem", "star", "flower", "bee", "beetle")  # twins side by side
-# The tiny CLIP knows some forty words: the 85 prompts of the paper would be Greek to it.
-SHAPES_PROMPTS = ("a photo of a {}", "a picture of a {}", "a good photo of a {}", "a large {}", "a small {}",
-                  "a photo of one {}")
+def split_names(text):
+    """"airplane, bicycle" -> ("airplane", "bicycle")"""
+    return tuple(name.strip() for name in text.split(","))
+
+
+# All names as the paper's authors prompt CLIP with them, in the order of the label values.
+VOC_CLASSES = split_names("""
+    airplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse,
+    motorbike, person, potted plant, sheep, sofa, train, tv monitor""")
+
+CONTEXT_CLASSES = split_names("""
+    airplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus,
+    cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence,
+    floor, flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse,
+    person, plate, platform, potted plant, road, rock, sheep, shelves, sidewalk, sign, sky,
+    snow, sofa, table, track, train, tree, truck, tv monitor, wall, water, window, wood""")
+
+ADE_CLASSES = split_names("""
+    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
+    sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water,
+    painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock,
+    wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest of drawers,
+    counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs,
+    runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind,
+    coffee table, toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island,
+    computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower,
+    chandelier, awning, streetlight, booth, television receiver, airplane, dirt track,
+    apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van,
+    ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel,
+    basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name,
+    microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood,
+    sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor,
+    bulletin board, shower, radiator, glass, clock, flag""")
+
+# The miniature world. Twins, two classes that are easily taken for each other, stand side by side.
+SHAPES_CLASSES = ("coin", "ring", "box", "gem", "star", "flower", "bee", "beetle")
+
+# Its tiny CLIP knows some forty words: the 85 prompts of the paper would be Greek to it.
+SHAPES_PROMPTS = (
+    "a photo of a {}",
+    "a picture of a {}",
+    "a good photo of a {}",
+    "a large {}",
+    "a small {}",
+    "a photo of one {}",
+)
+
+SHAPES_PALETTE = [
+    (230, 159, 0),    # coin: orange
+    (180, 90, 0),     # ring: brown
+    (0, 114, 178),    # box: blue
+    (86, 180, 233),   # gem: light blue
+    (204, 121, 167),  # star: pink
+    (150, 30, 90),    # flower: dark red
+    (120, 200, 60),   # bee: light green
+    (0, 120, 80),     # beetle: dark green
+]
 
 
 def voc_palette():
-    """VOC's 256 colours, by its rule: the bits of the index, dealt to red, green and blue from the top bit down."""
-    return [tuple(sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
-            for index in range(256)]
+    """VOC's 256 colors (r, g, b), by its rule.
+
+    The bits of the index, from the lowest up, are dealt in turn to red, green and blue, and fill
+    each from its highest bit down: 1 = red 128, 2 = green 128, 4 = blue 128, 8 = red 64, and so
+    on. So neighboring indices get colors that lie far apart.
+    """
+    palette = []
+    for index in range(256):
+        color = [0, 0, 0]
+        for bit in range(8):
+            if index >> bit & 1:
+                color[bit % 3] += 128 >> (bit // 3)
+        palette.append(tuple(color))
+    return palette
 
 
 @dataclass(frozen=True)
 class DataFacts:
     """What is fixed for a data set when a number is reported on it (its evaluation protocol)."""
-    classes: tuple          # C names, in label order
-    palette: list           # C colours (r, g, b)
-    short_side: int         # pixels; pictures are resized to it for evaluation, ratio kept (as released)
-    denoise: float          # classes whose best probability stays below are dropped (as released); 0: off
-    background: str         # which pixels are not evaluated
-    clip: str               # default weights: a name of load_clip's, or a file
-    splits: tuple = ("val",)  # that have labels to evaluate on
-    prompts: tuple = None   # of the Query; None: the paper's 85
+    name: str                 # the key in DATA, or the folder of your own images as it was given
+    classes: tuple            # C names, in the order of the class indices
+    palette: list             # C colors (r, g, b)
+    short_side: int           # pixels; for evaluation images are resized to it (released)
+    denoise: float            # classes never this probable are dropped (released); 0: off
+    background: str           # in words: which pixels are not evaluated
+    clip: str                 # default weights: a name that load_clip knows, or a file
+    splits: tuple = ("val",)  # those that have truth to evaluate on
+    prompts: tuple = None     # of the Query; None: the paper's 85
 
 
 DATA = {
-    "shapes": DataFacts(SHAPES_CLASSES, [(230, 159, 0), (180, 90, 0), (0, 114, 178), (86, 180, 233), (204, 121, 167),
-                                         (150, 30, 90), (120, 200, 60), (0, 120, 80)], 64, 0.0,
-                        "ground pixels are ignored, 8 classes", str(Path(__file__).with_name("shapes_clip.pt")),
-                        ("val", "test"), SHAPES_PROMPTS),
-    "voc": DataFacts(VOC_CLASSES, voc_palette()[1:21], 336, 0.5,
-                     "pixels labelled background (0) or void (255) are ignored, 20 classes", "ViT-B/16"),
-    "context": DataFacts(CONTEXT_CLASSES, voc_palette()[1:60], 448, 0.6,
-                         "pixels labelled 0 (none of the 59) are ignored", "ViT-B/16"),
-    "ade20k": DataFacts(ADE_CLASSES, voc_palette()[1:151], 512, 0.5,  # VOC's colours, not ADE's official ones
-                        "pixels labelled 0 (other) are ignored, 150 classes", "ViT-B/16"),
+    "shapes": DataFacts(
+        name="shapes",
+        classes=SHAPES_CLASSES,
+        palette=SHAPES_PALETTE,
+        short_side=64,
+        denoise=0.0,
+        background="ground pixels are ignored, 8 classes",
+        clip=str(Path(__file__).with_name("shapes_clip.pt")),
+        splits=("val", "test"),
+        prompts=SHAPES_PROMPTS,
+    ),
+    "voc": DataFacts(
+        name="voc",
+        classes=VOC_CLASSES,
+        palette=voc_palette()[1:21],
+        short_side=336,
+        denoise=0.5,
+        background="pixels labelled background (0) or void (255) are ignored, 20 classes",
+        clip="ViT-B/16",
+    ),
+    "context": DataFacts(
+        name="context",
+        classes=CONTEXT_CLASSES,
+        palette=voc_palette()[1:60],
+        short_side=448,
+        denoise=0.6,
+        background="pixels labelled 0 (none of the 59) are ignored",
+        clip="ViT-B/16",
+    ),
+    "ade20k": DataFacts(
+        name="ade20k",
+        classes=ADE_CLASSES,
+        palette=voc_palette()[1:151],  # VOC's colors, not ADE's official ones
+        short_side=512,
+        denoise=0.5,
+        background="pixels labelled 0 (other) are ignored, 150 classes",
+        clip="ViT-B/16",
+    ),
 }
 
 
-def own_facts(class_names):
-    """DataFacts of your own pictures. The size is ours; the released denoising is tuned to VOC, so it is off here."""
+def own_facts(name, class_names):
+    """Returns the DataFacts of your own images, which have no truth.
+
+    The size is ours. Denoising as released is tuned to VOC, so it is off here.
+
+    Args:
+        name: the folder of the images, as it was given.
+        class_names: the classes to look for, at most 254 (truth and masks are bytes; 255 = IGNORE).
+    """
     if len(class_names) > 254:
-        raise ValueError(f"--classes names {len(class_names)} classes: 254 at most (labels are bytes, 255 = ignored)")
-    return DataFacts(tuple(class_names), voc_palette()[1:1 + len(class_names)], 336, 0.0, "no labels", "ViT-B/16", ())
+        raise ValueError(
+            f"{len(class_names)} classes are named: 254 at most (masks are bytes, 255 = ignored)"
+        )
+    return DataFacts(
+        name=name,
+        classes=tuple(class_names),
+        palette=voc_palette()[1:1 + len(class_names)],
+        short_side=336,
+        denoise=0.0,
+        background="no labels",
+        clip="ViT-B/16",
+        splits=(),
+    )
 
 
 def read_classes(text):
-    """"cat, dog | puppy", or the path of a text file with one class a line (# begins a remark), a bar between synonyms
-    -> ("cat", "dog | puppy"). ValueError: fewer than two classes, an empty name, the same name twice."""
-    entries = text.split(",")
-    if isfile(text):
-        lines = map(str.strip, Path(text).read_text("utf-8-sig", errors="replace").splitlines())
-        entries = [line for line in lines if line and line[0] != "#"]
-    classes = [[name.strip() for name in entry.split("|")] for entry in entries]
-    names = [name.lower() for synonyms in classes for name in synonyms]  # as CLIP reads them
-    if len(classes) < 2 or "" in names or len(set(names)) < len(names):
-        raise ValueError(f"--classes {text}: needs two names or more, none empty, none twice (or a file of such lines)")
-    return tuple(" | ".join(synonyms) for synonyms in classes)
+    """Reads class names as a person writes them: "cat, dog|puppy" -> ("cat", "dog | puppy").
+
+    A bar separates synonyms. `text` may also be the path of a text file with one class a line, in
+    which # begins a remark. ValueError: fewer than two classes, an empty name, a name twice.
+    """
+    if isfile(text):  # unlike Path.is_file, it says no to a list that is too long for a path
+        entries = []
+        for line in Path(text).read_text("utf-8-sig", errors="replace").splitlines():
+            line = line.strip()
+            if line and not line.startswith("#"):
+                entries.append(line)
+    else:
+        entries = text.split(",")
+
+    classes = []    # synonyms joined again, with the spaces where we want them
+    all_names = []  # of all classes together, in lower case, as CLIP reads them
+    for entry in entries:
+        synonyms = [name.strip() for name in entry.split("|")]
+        classes.append(" | ".join(synonyms))
+        all_names += [name.lower() for name in synonyms]
+
+    if len(classes) < 2 or "" in all_names or len(set(all_names)) < len(all_names):
+        raise ValueError(
+            f"the class list '{text}' needs two names or more, none empty, none twice "
+            "(or a file of such lines)"
+        )
+    return tuple(classes)
 
 
-# --- Splits on disk -----------------------------------------------------------------------------------------
+# --- Settings: the hyper-parameters of training ---------------------------------------------------
 
-# Where a data set lies, as everybody has it: base below --root; below base the pictures, the labels ({}: the split's
-# folder) and the lists ("": all pictures, sorted); how many pictures a split has; the archive and its md5.
-Layout = namedtuple("Layout", "base pictures labels lists official archive md5")
-LAYOUTS = {
-    "voc": Layout("VOCdevkit/VOC2012", "JPEGImages", "SegmentationClass", "ImageSets/Segmentation",
-                  {"train": "1464", "val": "1449"}, "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
-                  "VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd"),
-    "context": Layout("VOCdevkit/VOC2010", "JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext",
-                      {"train": "4996, in the paper 4998", "val": "5104, in the paper 5105"},
-                      "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/VOCtrainval_03-May-2010.tar",
-                      "da459979d0c395079b5c75ee67908abb"),
-    "ade20k": Layout("ADEChallengeData2016", "images/{}", "annotations/{}", "", {"train": "20210", "val": "2000"},
-                     "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-                     "7328b3957e407ddae1d3cbf487f149ef"),
+def option(default, help):
+    """A field of Settings; `help` is what --help of train.py prints about it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every hyper-parameter of training, with unit and source. The defaults are VOC's.
+
+    train.py turns each field into an option of its command line, and keeps them all with a run, so
+    that a run is not resumed under other settings.
+    """
+
+    # Rectification, Sec. 3.1-3.4: the loop
+    rectify_epochs: int = option(50, "epochs of rectification (released)")
+    rectify_poly_epochs: int = option(
+        200, "epochs over which the learning rate would reach 0 (released)")
+    rectify_batch: int = option(1, "images a step (released)")
+    lr: float = option(0.01, "learning rate of SGD (Sec. 4.1)")
+    momentum: float = option(0.9, "momentum of SGD (released)")
+    weight_decay: float = option(0.0005, "weight decay of SGD (Sec. 4.1)")
+    poly_power: float = option(
+        0.9, "learning rate = lr * (1 - epoch / poly_epochs) ** poly_power (Sec. 4.1)")
+
+    # Rectification: the image-level labels
+    threshold: float = option(
+        23.0, "an image holds a class if 100 * cosine is above (t of Sec. 3.4; value released)")
+    top_k: int = option(2, "image-level labels where no class passes the threshold (released)")
+
+    # Rectification: the model
+    prompt_length: int = option(
+        73, "L of Eq. (1), in tokens; shortened so that the longest class name fits (Sec. 3.2)")
+    reference_norm: str = option("frobenius", "length of W_r: frobenius (released) or class")
+    positional_channels: int = option(
+        None, "channels of M_p: one a class if not given (released), 1 (Eq. (2)), 0: no M_p")
+    positional_last_relu: bool = option(
+        True, "ReLU behind the last batch norm of the positional net (released)")
+    positional_gain: float = option(1.0, "fixed factor on M_p, for a small start (ours)")
+    tau_1: float = option(0.001, "temperature of the Gumbel-softmax, Eq. (4) (released)")
+    tau: float = option(
+        None, "temperature of Eq. (5); if not given, 1 / CLIP's logit scale (released)")
+    pool: str = option("global", "pooling of masked features: global (Sec. 3.4) or mask")
+    attention: str = option(
+        "maskclip", "attention variant of CLIP's last block: maskclip (Sec. 3.1), sclip, "
+        "clearclip, naclip")
+    query_learnable: bool = option(False, "the Query's prompt learns too (Table 3)")
+    subtract: bool = option(True, "subtract the bias; else add it (Table 5)")
+
+    # Distillation, Sec. 3.5
+    student: str = option(
+        "resnet101", "backbone of DeepLab V2: resnet101 (ours), resnet50 (released), tiny (shapes)")
+    head: str = option(
+        "query_reference", "Table 6: original, query, query_reference, query_reference_positional")
+    backbone_weights: str = option("imagenet", "start of the backbone: imagenet, a file, or none")
+    distill_epochs: int = option(100, "epochs of distillation (released)")
+    distill_batch: int = option(16, "images a step (released)")
+    distill_lr: float = option(0.01, "learning rate of SGD (Sec. 4.1), poly over all epochs")
+    distill_lr_floor: float = option(1e-4, "the learning rate never falls below (released)")
+    mask_tau: float = option(
+        None, "temperature of Eq. (6); if not given, that of Eq. (5); 1 for head original (ours)")
+    alpha: float = option(0.5, "weight of the feature-guided loss, Eq. (8); 0: none (Sec. 3.5)")
+    beta: float = option(0.5, "weight of the text-guided loss, Eq. (8); 0: none (Sec. 3.5)")
+
+    # Images, Sec. 4.1
+    long_side: int = option(
+        2048, "limit of the longer side when resizing for training, pixels (released)")
+    rectify_short_side: int = option(
+        336, "limit of the shorter side when resizing for rectification, pixels (released)")
+    crop: int = option(
+        336, "side of the crop for rectification, pixels (released); 0: whole images, all of one "
+        "size (ours)")
+    distill_crop: int = option(
+        512, "side of the crop for distillation, and limit of the shorter side before it, pixels "
+        "(released); 0: as for crop")
+    flip: bool = option(True, "random horizontal flip (Sec. 4.1)")
+    photometric: bool = option(True, "random brightness, contrast, saturation, hue (released)")
+
+    def __post_init__(self):
+        above_0 = (
+            "rectify_epochs", "rectify_poly_epochs", "rectify_batch", "lr", "top_k", "tau_1", "tau",
+            "distill_epochs", "distill_batch", "distill_lr", "mask_tau", "rectify_short_side",
+        )
+        at_least_0 = ("distill_lr_floor", "alpha", "beta", "crop", "distill_crop")
+
+        # "not value > 0" rather than "value <= 0": so nan is refused too.
+        for name in above_0:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        for name in at_least_0:
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"{name} is {value}; it must be 0 or more")
+
+
+SETTINGS = {
+    "voc": Settings(),
+    "context": Settings(
+        rectify_poly_epochs=400,
+        threshold=20.0,
+        top_k=6,
+        distill_epochs=150,
+        rectify_short_side=448,
+        crop=480,
+        distill_crop=480,
+    ),
+    "ade20k": Settings(
+        rectify_epochs=100,
+        rectify_poly_epochs=600,
+        threshold=21.0,
+        top_k=5,
+        distill_epochs=150,
+        rectify_short_side=512,
+        crop=512,
+    ),
+    # Images of your own: VOC's, whose threshold and K suit names of single, different things.
+    "own": Settings(),
+    # All ours, chosen on shapes' val split. The cosines of its tiny CLIP differ by 0.2 where those
+    # of OpenAI's differ by 0.02: hence its higher temperatures and threshold.
+    "shapes": Settings(
+        rectify_epochs=20,
+        rectify_poly_epochs=20,
+        rectify_batch=32,
+        lr=0.2,
+        threshold=50.0,
+        top_k=1,
+        positional_gain=0.05,
+        tau_1=0.033,
+        tau=0.033,
+        student="tiny",
+        backbone_weights="none",
+        distill_epochs=10,
+        distill_lr=0.1,
+        rectify_short_side=64,
+        crop=0,
+        distill_crop=0,
+        flip=False,
+        photometric=False,
+    ),
 }
-# Context's labels are made of this file. Its own host, the second half of the address, is reported dead.
-CONTEXT_JSON = ("https://web.archive.org/web/2025id_/https://codalabuser.blob.core.windows.net/public/"
-                "trainval_merged.json", "3c2d0c0656b7be9eb61928ffe885d8ce")
 
 
-def read_picture(path, draft=False):
-    """uint8 (H, W, 3), turned upright as its EXIF data say, transparency on white, 16 bits scaled to 8 (PIL's convert
-    clips). draft: a JPEG is read to its end, but at an eighth of its size."""
+# --- Splits on disk: where the files lie ----------------------------------------------------------
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of a data set lie, as everybody has it, and what its annotations mean.
+
+    A labelled data set of your own needs three entries: one here, one in DATA, one in SETTINGS.
+    """
+    base: str               # below root: the folder that holds it all
+    images: str             # below base: the images; {} stands for the folder of the split
+    annotations: str        # below base: the label files, likewise
+    lists: str              # below base: <split>.txt with the names; "": all images, sorted by name
+    image_suffix: str       # name + this = file of the image
+    annotation_suffix: str  # name + this = label file
+    label_values: tuple     # the value that each class has in the label files, in class order;
+                            # any ids: 0, 1, 2, ...; 1, 2, 3, ...; Cityscapes' 7, 8, 11, ...
+    official: dict          # number of images of each split, in words
+    archive: str            # address of the archive
+    md5: str                # of the archive
+    ignored_values: tuple = (0, 255)  # not evaluated, unless a class has them; others are errors
+    split_folders: dict = dataclasses.field(default_factory=dict)  # split -> {}; default: its name
+
+
+LAYOUTS = {
+    "voc": Layout(
+        base="VOCdevkit/VOC2012",
+        images="JPEGImages",
+        annotations="SegmentationClass",
+        lists="ImageSets/Segmentation",
+        image_suffix=".jpg",
+        annotation_suffix=".png",
+        label_values=tuple(range(1, 21)),  # 0: background, 255: void
+        official={"train": "1464", "val": "1449"},
+        archive="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        md5="6cd6e144f989b92b3379bac3b3de84fd",
+    ),
+    "context": Layout(
+        base="VOCdevkit/VOC2010",
+        images="JPEGImages",
+        annotations="SegmentationClassContext",
+        lists="ImageSets/SegmentationContext",
+        image_suffix=".jpg",
+        annotation_suffix=".png",
+        label_values=tuple(range(1, 60)),  # 0: none of the 59
+        official={"train": "4996, in the paper 4998", "val": "5104, in the paper 5105"},
+        archive="http://host.robots.ox.ac.uk/pascal/VOC/voc2010/VOCtrainval_03-May-2010.tar",
+        md5="da459979d0c395079b5c75ee67908abb",
+    ),
+    "ade20k": Layout(
+        base="ADEChallengeData2016",
+        images="images/{}",
+        annotations="annotations/{}",
+        lists="",
+        image_suffix=".jpg",
+        annotation_suffix=".png",
+        label_values=tuple(range(1, 151)),  # 0: other
+        official={"train": "20210", "val": "2000"},
+        archive="http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+        md5="7328b3957e407ddae1d3cbf487f149ef",
+        split_folders={"train": "training", "val": "validation"},
+    ),
+}
+
+
+def open_split(data, root, split, download=False):
+    """Opens a split: an object with .names, .image(i), .truth(i) and a length.
+
+    Args:
+        data: a key of DATA, or the path of a folder with your own images.
+        root: the folder that holds VOCdevkit or ADEChallengeData2016; shapes and folders need none.
+        split: "train" or "val" (shapes: also "test"); a folder has no splits.
+        download: fetch the data set first if it is missing.
+    """
+    if data == "shapes":
+        return Shapes(split)
+    if data not in LAYOUTS:
+        return Folder(data)
+
+    layout = LAYOUTS[data]
+    base = Path(root) / layout.base
+    split_folder = layout.split_folders.get(split, split)
+    images = base / layout.images.format(split_folder)
+    annotations = base / layout.annotations.format(split_folder)
+
+    # What says which images belong to the split: a list of names, else the folder itself.
+    source = images
+    if layout.lists:
+        source = base / layout.lists / f"{split}.txt"
+    if download and not source.exists():
+        prepare(data, root, download)
+
+    if not source.exists():
+        raise FileNotFoundError(f"{source} is missing: {misplaced(data, root)}")
+    if layout.lists:
+        names = source.read_text().split()
+    else:
+        # Sorted: a file system lists a folder in any order it likes, and not twice in the same one.
+        files = sorted(images.glob(f"*{layout.image_suffix}"))
+        names = [path.name.removesuffix(layout.image_suffix) for path in files]
+    if not names:
+        raise ValueError(f"{source} is empty: {misplaced(data, root)}")
+
+    return Files(
+        [images / f"{name}{layout.image_suffix}" for name in names],
+        [annotations / f"{name}{layout.annotation_suffix}" for name in names],
+        layout.label_values,
+        layout.ignored_values,
+    )
+
+
+# --- Splits on disk: reading the files ------------------------------------------------------------
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of your own images, in upper or lower case
+
+# What a file may hold, whatever its name says. For some other formats Pillow starts programs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+
+
+def read_image(path, draft=False):
+    """Reads any image as uint8 (H, W, 3).
+
+    It is turned upright as its EXIF data say; what is transparent becomes white; 16 bits are scaled
+    to 8 (Pillow's own conversion would clip them). FileNotFoundError, or ValueError: not readable.
+
+    Args:
+        draft: only find out whether the file is readable. A JPEG is then decoded to its end, but at
+            an eighth of its size, which is much faster.
+    """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            image.draft(None, (1, 1) if draft else image.size)
+            if draft:
+                image.draft(None, (1, 1))  # as small as its format allows; only JPEG knows this
+
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+                scaled = np.asarray(image).clip(0, 65535) / 257  # 65535 -> 255
+                image = Image.fromarray(scaled.round().astype(np.uint8))
             elif "A" in image.getbands() or "transparency" in image.info:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+
             return np.array(image.convert("RGB"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is named in the split's list but does not exist") from None
+        raise FileNotFoundError(
+            f"{path} is named in the split's list but does not exist"
+        ) from None
     except Exception as error:
-        raise ValueError(f"{path} is not a readable picture: {error}") from error
+        raise ValueError(f"{path} is not a readable image: {error}") from error
 
 
 class Files:
-    """A split as files: `pictures[i]`, and `labels[i]` (may be missing from the disk while training).
-    Label values 1..C in the files become 0..C-1, the values 0 and 255 become IGNORE."""
+    """A split as files on disk.
 
-    def __init__(self, pictures, labels, classes):
-        self.pictures, self.labels, self.classes = pictures, labels, classes
-        self.names = [path.stem for path in pictures]
-        self.keep, self.kept = False, {}  # keep: decoded pictures stay in memory
+    Args:
+        image_paths: the images.
+        annotation_paths: their label files. For training they need not exist.
+        label_values: the value of each class in the label files, 0 to 65535, in class order.
+        ignored_values: values of pixels that are not evaluated, except where a class has the value
+            (so a data set whose labels start at 0 need not change the default).
+
+    Attributes:
+        names: the images' file names without suffix.
+        keep: set it to True, and images that were decoded once stay in memory.
+    """
+
+    def __init__(self, image_paths, annotation_paths, label_values, ignored_values=(0, 255)):
+        self.image_paths = image_paths
+        self.annotation_paths = annotation_paths
+        self.label_values = tuple(label_values)
+        self.names = [path.stem for path in image_paths]
+        self.keep = False
+        self._decoded = {}  # index -> image
+
+        if len(self.label_values) > 254:
+            raise ValueError(
+                f"there are {len(self.label_values)} label values, one a class: 254 at most "
+                "(truth is bytes, 255 = ignored)"
+            )
+
+        # Value in a label file -> class index, IGNORE, or -1: the value must not occur. For VOC:
+        #     value      0    1   2  ...  20   21  ...  254   255
+        #     class    255    0   1  ...  19   -1  ...   -1   255
+        self._class_of = np.full(2 ** 16, -1, np.int16)
+        self._class_of[list(ignored_values)] = IGNORE
+        self._class_of[list(self.label_values)] = np.arange(len(self.label_values))
 
     def __len__(self):
         return len(self.names)
 
-    def picture(self, i):
+    def image(self, i):
         """uint8 (3, H, W)"""
-        picture = self.kept.get(i)
-        if picture is None:
-            picture = torch.from_numpy(read_picture(self.pictures[i])).permute(2, 0, 1)
+        image = self._decoded.get(i)
+        if image is None:
+            image = torch.from_numpy(read_image(self.image_paths[i])).permute(2, 0, 1)
         if self.keep:
-            self.kept[i] = picture
-        return picture
+            self._decoded[i] = image
+        return image
 
-    def label(self, i):
-        """uint8 (H, W)"""
-        path = self.labels[i]
+    def truth(self, i):
+        """uint8 (H, W): class index or IGNORE. FileNotFoundError, ValueError: what is wrong."""
+        path = self.annotation_paths[i]
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: evaluation needs the labels (training does not)")
+            raise FileNotFoundError(
+                f"{path} is missing: evaluation needs the annotations (training does not)"
+            )
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                mode, label = image.mode, torch.from_numpy(np.array(image))
+            with Image.open(path, formats=FORMATS) as file:
+                mode = file.mode
+                values = np.array(file)  # (H, W); of a palette image the index, not the color
         except Exception as error:
-            raise ValueError(f"{path} is not a readable label: {error}") from error
-        if mode not in ("P", "L"):
-            raise ValueError(f"{path} has mode {mode}, not P or L: an RGB copy of a label has lost the class numbers")
-        worst = int(label[label != 255].max()) if (label != 255).any() else 0
-        if worst > self.classes:
-            raise ValueError(f"{path} holds the value {worst}, but there are {self.classes} classes: looks like the "
-                             "60-class or 459-class labels of Context, the full ADE20K, or another data set")
-        return torch.where((label == 0) | (label == 255), IGNORE, label - 1).to(torch.uint8)
+            raise ValueError(f"{path} is not a readable annotation: {error}") from error
+
+        if mode not in ("P", "L", "I;16"):
+            raise ValueError(
+                f"{path} has mode {mode}, not P, L or I;16: an RGB copy of an annotation has lost "
+                "the class numbers"
+            )
+
+        classes = self._class_of[values]  # (H, W)
+        if (classes < 0).any():
+            raise ValueError(
+                f"{path} holds the value {values[classes < 0].max()}, which stands for none of the "
+                f"{len(self.label_values)} classes: looks like the 60-class or 459-class labels of "
+                "Context, the full ADE20K, or another data set"
+            )
+        return torch.from_numpy(classes.astype(np.uint8))
 
 
 class Folder(Files):
-    """Your own pictures: files, and folders searched at every depth; names are paths below the folder, each unique.
-    Every picture is read once; the unreadable ones are left out, told on stderr and named in .skipped."""
+    """Your own images, without truth: files, and folders that are searched at every depth.
+
+    Every image is read once, so that a broken one does not stop a long run later: the unreadable
+    ones are left out, reported on stderr and named in .skipped. FileNotFoundError: a path does not
+    exist. ValueError: no readable image.
+
+    Attributes:
+        names: paths below the folder (of a file: its name), each unique.
+        skipped: names of the images that could not be read.
+    """
 
     def __init__(self, *paths):
-        found, reasons = {}, {}  # path: name, name: why it was skipped
-        for path in map(Path, paths):
-            if not path.exists():
-                raise FileNotFoundError(f"{path} is neither a picture nor a folder, nor one of {', '.join(DATA)}")
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            found.update({p: p.relative_to(path).as_posix() for p in inside} if path.is_dir() else {path: path.name})
-        if len(set(found.values())) < len(found):
-            found = {path: path.resolve().as_posix() for path in found}
-        for path, name in list(found.items()):
-            try:
-                read_picture(path, draft=True)
-            except ValueError as error:
-                reasons[found.pop(path)] = f"skipped {name}: {error.__cause__}"
-        for line in [*reasons.values()][:10] + [f"and {len(reasons) - 10} more"] * (len(reasons) > 10):
-            print(line, file=sys.stderr)
-        if not found:
-            raise ValueError(f"{', '.join(map(str, paths))} holds no readable picture ({', '.join(SUFFIXES)})")
-        super().__init__([*found], None, 0)
-        self.names, self.skipped = [*found.values()], [*reasons]
+        names = {}  # path -> name
+        for path in paths:
+            path = Path(path)
+            if path.is_dir():
+                for file in sorted(path.rglob("*")):
+                    if file.suffix.lower() in SUFFIXES and file.is_file():
+                        names[file] = file.relative_to(path).as_posix()
+            elif path.exists():
+                names[path] = path.name
+            else:
+                raise FileNotFoundError(
+                    f"{path} is neither an image nor a folder, nor one of {', '.join(DATA)}"
+                )
 
-    def label(self, i):
+        # Two folders may both hold a cat.jpg; masks and labels are kept by name: names must differ.
+        if len(set(names.values())) < len(names):
+            names = {path: path.resolve().as_posix() for path in names}
+
+        readable = {}  # path -> name
+        reports = []
+        self.skipped = []
+        for path, name in names.items():
+            try:
+                read_image(path, draft=True)
+                readable[path] = name
+            except ValueError as error:
+                reports.append(f"skipped {name}: {error.__cause__}")
+                self.skipped.append(name)
+
+        if len(reports) > 10:
+            reports[10:] = [f"and {len(reports) - 10} more"]
+        for report in reports:
+            print(report, file=sys.stderr)
+        if not readable:
+            raise ValueError(
+                f"{', '.join(map(str, paths))} holds no readable image ({', '.join(SUFFIXES)})"
+            )
+
+        super().__init__(list(readable), annotation_paths=None, label_values=())
+        self.names = list(readable.values())
+
+    def truth(self, i):
         raise ValueError(f"{self.names[i]} has no labels")
 
 
-def open_split(data, root, split, download=False):
-    """The split as an object with .names, .picture(i), .label(i) and a length; data: a key of DATA, or your folder."""
-    if data not in LAYOUTS:
-        return Shapes(split) if data == "shapes" else Folder(data)
-    layout, base = LAYOUTS[data], Path(root) / LAYOUTS[data].base
-    folder = {"train": "training", "val": "validation"}.get(split, split)
-    pictures, labels = base / layout.pictures.format(folder), base / layout.labels.format(folder)
-    path = base / layout.lists / f"{split}.txt" if layout.lists else pictures
-    if download and not path.exists():
-        prepare(data, root, download)
-    names = path.read_text().split() if path.is_file() else sorted(p.stem for p in path.glob("*.jpg"))
-    if not names:
-        raise (ValueError if path.exists() else FileNotFoundError)(
-            f"{path} is {'empty' if path.exists() else 'missing'}: {misplaced(data, Path(root))}")
-    return Files([pictures / f"{name}.jpg" for name in names], [labels / f"{name}.png" for name in names],
-                 len(DATA[data].classes))
+# --- What training and evaluation read ------------------------------------------------------------
+
+# Fills a crop where the image is smaller. ImageNet's mean color: within 0.03 of zero after either
+# normalization, CLIP's or the student's, so that padding looks like nothing in particular.
+PADDING = (124, 116, 104)
 
 
-# --- Preparation: python datasets.py --prepare ---------------------------------------------------------------
+class Augment:
+    """The training transform: uint8 (3, H, W) -> float (3, crop, crop) in [0, 1].
 
-# Context's category ids, in the order of the label values 1..59
-CONTEXT_IDS = (2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144,
-               158, 159, 162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355,
-               360, 366, 368, 397, 415, 416, 420, 424, 427, 440, 445, 454, 458)
+    "Random cropping and random flipping" (Sec. 4.1), with the released sizes and, as released,
+    photometric distortion. The released code draws a crop again in which one class covers more than
+    75 %: that looks at the truth, so it is not done here.
+
+    Args:
+        long_side, short_side: pixels; before the crop the image is resized, ratio kept, to fit into
+            r * long_side by r * short_side.
+        crop: side of the random square, pixels; 0: neither resize nor crop, the image stays whole.
+        ratio: r is drawn uniformly between these two.
+        flip: mirror left to right, half of the time.
+        photometric: change brightness, contrast, saturation and hue at random.
+
+    Attributes:
+        changes: whether the same image may look different each time it comes. If not, whatever is
+            computed from it alone (CLIP's features) need be computed only once.
+    """
+
+    def __init__(self, long_side, short_side, crop, ratio=(0.5, 2.0), flip=True, photometric=True):
+        self.long_side = long_side
+        self.short_side = short_side
+        self.crop = crop
+        self.ratio = ratio
+        self.flip = flip
+        self.photometric = photometric
+        self.changes = bool(crop or flip or photometric)
+
+        if crop:
+            self.random_crop = v2.RandomCrop(crop, pad_if_needed=True, fill=PADDING)
+        self.random_flip = v2.RandomHorizontalFlip()
+        self.random_colors = v2.RandomPhotometricDistort()
+
+    def __call__(self, image):
+        if self.crop:
+            # Objects are seen at many sizes: r < 1 shows more of the scene, r > 1 shows details.
+            r = torch.empty(()).uniform_(*self.ratio).item()
+            H, W = image.shape[1:]
+            factor = min(self.long_side * r / max(H, W), self.short_side * r / min(H, W))
+            size = [max(1, round(H * factor)), max(1, round(W * factor))]
+            image = v2.functional.resize(image, size, antialias=True)
+            image = self.random_crop(image)  # padded where the image is smaller than the crop
+
+        if self.flip:
+            image = self.random_flip(image)
+
+        if self.photometric:
+            image = self.random_colors(image)
+
+        return v2.functional.to_dtype(image, torch.float32, scale=True)  # 0..255 -> 0..1
+
+
+class TrainingStream(Dataset):
+    """An endless stream over a split; item s is (image float (3, H, W), name). No label is opened.
+
+    Item s belongs to epoch s // N (N images in the split), and everything random about it follows
+    from (seed, s) alone: the order of an epoch from (seed, epoch), crop, flip and colors from
+    (seed, s). There is no random state that a run would have to save, so it can go on at any s,
+    with any number of workers, exactly as if it had never stopped. For the DataLoader,
+    `sampler=range(first, last)` is enough.
+    """
+
+    def __init__(self, split, transform, seed):
+        self.split = split
+        self.transform = transform
+        self.seed = seed
+        self._epoch = None  # the epoch that ._order belongs to
+        self._order = None  # (N,) indices of the images
+
+    def __len__(self):
+        return len(self.split)  # of one epoch; s may go on as far as it likes
+
+    def __getitem__(self, s):
+        epoch, place = divmod(s, len(self.split))
+
+        # A new order for each epoch, computed once and kept while the items stay in that epoch.
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = torch.randperm(len(self.split), generator=generator)
+            self._epoch = epoch
+        i = int(self._order[place])
+
+        # torchvision's transforms draw from torch's global generator: it is seeded for this item,
+        # and set back afterwards, so that the caller's own random numbers do not notice. Two seeds
+        # lie a million items apart.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + s)
+            image = self.transform(self.split.image(i))
+        return image, self.split.names[i]
+
+
+class Thumbnails(Dataset):
+    """Each image once, as CLIP saw images in its training: short side resized, then a center crop.
+
+    Item i is (float (3, resolution, resolution) in [0, 1], name).
+    """
+
+    def __init__(self, split, resolution):
+        self.split = split
+        self.resolution = resolution
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, i):
+        image = self.split.image(i)
+
+        # A strip of 1 x 30000 pixels would become gigantic when its short side is resized. Of its
+        # long side only the center survives the crop anyway, so it is cut to 4 : 1 first.
+        H, W = image.shape[1:]
+        longest = 4 * min(H, W)
+        image = v2.functional.center_crop(image, [min(H, longest), min(W, longest)])
+
+        # Bicubic, as CLIP's own preprocessing.
+        bicubic = InterpolationMode.BICUBIC
+        image = v2.functional.resize(image, [self.resolution], bicubic, antialias=True)
+        image = v2.functional.center_crop(image, [self.resolution, self.resolution])
+        image = v2.functional.to_dtype(image, torch.float32, scale=True)
+        return image, self.split.names[i]
+
+
+def resize_short_side(image, short_side):
+    """uint8 (3, H, W) -> (3, h, w), ratio kept, with min(h, w) = short_side; 0: the size stays.
+
+    The long side may not exceed 2048, or 4 * short_side if that is more: a longer image is made
+    smaller until it fits.
+    """
+    if short_side == 0:
+        return image
+
+    H, W = image.shape[1:]
+    longest = max(2048, 4 * short_side)
+    if max(H, W) * short_side <= longest * min(H, W):
+        size = [short_side]  # of the short side; torchvision keeps the ratio
+    else:
+        size = [max(1, H * longest // max(H, W)), max(1, W * longest // max(H, W))]
+    return v2.functional.resize(image, size, antialias=True)
+
+
+class Evaluation(Dataset):
+    """Images with their truth: item i is (image, truth, name).
+
+    image: float (3, h, w) in [0, 1], its short side resized to `short_side` pixels.
+    truth: uint8 (H, W), at the size of the file, because a number is reported at that size.
+    """
+
+    def __init__(self, split, short_side):
+        self.split = split
+        self.short_side = short_side
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, i):
+        image = self.split.image(i)
+        truth = self.split.truth(i)
+        name = self.split.names[i]
+        if truth.shape != image.shape[1:]:
+            raise ValueError(
+                f"{name}: the annotation is {tuple(truth.shape)}, the image "
+                f"{tuple(image.shape[1:])} pixels"
+            )
+
+        image = resize_short_side(image, self.short_side)
+        return v2.functional.to_dtype(image, torch.float32, scale=True), truth, name
+
+
+class Progress:
+    """Shows on stderr how far a loop is: in place on a terminal, a line now and then in a log.
+
+        progress = Progress("eval", total=1449)
+        progress(12)                            # eval  12/1449  8.3 images/s  0:02:53 left
+
+    Args:
+        name: what is being done.
+        total: number of steps.
+        first: the step that a resumed run goes on from; the rate counts from there.
+        per_step: images a step.
+    """
+
+    def __init__(self, name, total, first=0, per_step=1):
+        self.name = name
+        self.total = total
+        self.first = first
+        self.per_step = per_step
+        self.terminal = sys.stderr.isatty()
+        self.began = time.perf_counter()
+        self.shown = 0.0  # when the line was last written
+
+    def __call__(self, step, extra=""):
+        """step: number of steps done. extra: more to show, with its own space behind it."""
+        now = time.perf_counter()
+        interval = 0.2 if self.terminal else 15  # seconds
+        if step < self.total and now - self.shown < interval:
+            return
+        self.shown = now
+
+        rate = (step - self.first) / max(now - self.began, 1e-9)  # steps a second
+        left = 0
+        if rate:
+            left = int((self.total - step) / rate)  # seconds
+        line = (
+            f"{self.name}  {step}/{self.total}  {extra}{rate * self.per_step:.1f} images/s  "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        )
+
+        if self.terminal:
+            line = "\r\x1b[K" + line  # back to the beginning of the line, which is cleared
+        end = "\n" if step >= self.total or not self.terminal else ""
+        print(line, end=end, file=sys.stderr, flush=True)
+
+
+# --- shapes: a miniature world, drawn from seeds, nothing stored ----------------------------------
+
+# It has two sides. The *web*, on which the tiny CLIP is pre-trained (tests/pretrain.py), has
+# captioned scenes without habits, and staged close-ups with habits: each class in its own half of
+# the image and in its own color. The *target*, to be segmented, is drawn here: the same classes
+# anywhere, twins share two colors, and every pixel has its truth, for evaluation alone. So what
+# CLIP's patches learn of place and color from the close-ups is a bias on the target, of the kind
+# that the paper rectifies.
+
+# Split -> number of images, seed
+SHAPES_SPLITS = {"train": (1000, 101), "val": (300, 102), "test": (500, 103)}
+
+# Grounds: color as (hue, saturation, value), and how many waves of the texture go across and down
+# an image of 64 pixels.
+GROUNDS = {
+    "wood": (0.08, 0.55, 0.45, 1, 9),
+    "stone": (0.6, 0.05, 0.5, 5, 5),
+    "sand": (0.12, 0.3, 0.75, 13, 13),
+    "water": (0.57, 0.5, 0.55, 3, 12),
+    "grass": (0.33, 0.55, 0.4, 16, 3),
+    "leaves": (0.38, 0.6, 0.28, 7, 7),
+    "cloth": (0.0, 0.4, 0.45, 9, 9),
+    "snow": (0.6, 0.07, 0.85, 2, 4),
+}
+
+# Each class's own hue, in the order of SHAPES_CLASSES: a coin is yellow, a ring orange, and so on.
+HUES = {
+    "yellow": 0.14,
+    "orange": 0.07,
+    "blue": 0.62,
+    "cyan": 0.5,
+    "pink": 0.9,
+    "red": 0.99,
+    "lime": 0.25,
+    "green": 0.36,
+}
+
+# Texture of a class (a, b, t): dark where sin(a u + 0.5) sin(b v + 0.5) > t. The larger a and b,
+# the finer the pattern; the larger t, the less is dark. 0: no wave in that direction, so stripes.
+# The flower is not here: it has no waves but a dark heart.
+TEXTURES = {
+    "coin": (9, 9, 0.25),      # spots
+    "ring": (14, 0, 0.0),      # fine stripes
+    "box": (6, 6, 0.0),        # checks
+    "gem": (12, 0, 0.1),       # stripes
+    "star": (5, 5, 0.4),       # few, coarse spots
+    "bee": (9, 0, 0.0),        # broad stripes
+    "beetle": (10, 10, 0.3),   # spots; is_dark adds a rim and a line
+}
+
+
+class Thing(NamedTuple):
+    """An object to be drawn."""
+    name: str     # of its class
+    x: float      # center, pixels from the left
+    y: float      # center, pixels from the top
+    r: float      # radius, pixels
+    hue: float    # 0..1, round the color wheel
+    angle: float  # radians
+
+
+def new_thing(name, x, y, r, rng, own_color=0.5):
+    """Returns a Thing of that class, place and size, with a random hue and a small random turn.
+
+    Args:
+        own_color: how often it shows its own hue for sure; else its own or its twin's. But one
+            thing in five gets any hue at all.
+    """
+    hues = list(HUES.values())
+    k = SHAPES_CLASSES.index(name)
+    first_twin = k // 2 * 2  # twins are 0 and 1, 2 and 3, ...
+    twin_hues = hues[first_twin:first_twin + 2]
+
+    if rng.random() < 0.2:
+        hue = rng.choice(hues)
+    elif rng.random() < own_color:
+        hue = hues[k]
+    else:
+        hue = rng.choice(twin_hues)
+
+    hue = hue + rng.normal(0, 0.015)
+    angle = rng.uniform(-0.5, 0.5)
+    return Thing(name, x, y, r, hue, angle)
+
+
+def depth(name, u, v):
+    """How deep points lie within the outline of a class: (H, W), above 0 inside, below 0 outside.
+
+    u, v: (H, W), the object's own coordinates: right and down, about -1 to 1 over the object.
+    """
+    rho = np.hypot(u, v)    # distance from the center
+    phi = np.arctan2(v, u)  # direction from the center
+
+    if name == "coin":  # a disk
+        return 1 - rho
+    if name == "ring":  # a disk with a hole of radius 0.45
+        return np.minimum(1 - rho, rho - 0.45)
+    if name == "box":  # a square of half side 0.85
+        return 0.85 - np.maximum(abs(u), abs(v))
+    if name == "gem":  # a square on its tip; 0.75 makes its edges about as sharp as the others'
+        return 0.75 * (1.05 - abs(u) - abs(v))
+    if name == "star":  # five tips: the radius swings five times between 0.24 and 1
+        return 0.62 + 0.38 * np.cos(5 * phi) - rho
+    if name == "flower":  # six petals: between 0.6 and 1
+        return 0.8 + 0.2 * np.cos(6 * phi) - rho
+    if name == "bee":  # an ellipse, 0.65 as high as wide
+        return 1 - np.hypot(u, v / 0.65)
+    if name == "beetle":  # a rounder ellipse
+        return 1 - np.hypot(u, v / 0.75)
+    raise ValueError(f"{name} is none of {', '.join(SHAPES_CLASSES)}")
+
+
+def is_dark(name, u, v):
+    """bool (H, W): where the texture of a class is dark. u, v as for depth."""
+    if name == "flower":  # a heart
+        return np.hypot(u, v) < 0.35
+
+    # sin(0 * u + 1.57) = 1: no wave in that direction.
+    a, b, t = TEXTURES[name]
+    phase_u = 0.5 if a else 1.57
+    phase_v = 0.5 if b else 1.57
+    waves = np.sin(a * u + phase_u) * np.sin(b * v + phase_v) > t
+
+    if name == "beetle":  # also a rim, and a line along its back
+        return waves | (depth(name, u, v) < 0.2) | (abs(v) < 0.08)
+    return waves
+
+
+def draw(thing, xs, ys):
+    """Draws a thing on pixels with the coordinates xs, ys (H, W).
+
+    Returns its coverage (H, W), 1 inside and 0 outside with an edge one pixel wide, and its colors
+    (3, H, W) in [0, 1].
+    """
+    # Move the thing's center to the origin, turn it upright, and divide by its radius.
+    cos = math.cos(thing.angle) / thing.r
+    sin = math.sin(thing.angle) / thing.r
+    u = cos * (xs - thing.x) + sin * (ys - thing.y)  # (H, W)
+    v = cos * (ys - thing.y) - sin * (xs - thing.x)  # (H, W)
+
+    coverage = np.clip(depth(thing.name, u, v) * thing.r + 0.5, 0, 1)
+    color = np.array(colorsys.hsv_to_rgb(thing.hue % 1, 0.75, 0.9))[:, None, None]  # (3, 1, 1)
+    colors = color * np.where(is_dark(thing.name, u, v), 0.4, 1.0)  # (3, H, W)
+    return coverage, colors
+
+
+def paint(size, ground, things, rng):
+    """Paints a ground and things on it; later things cover earlier ones.
+
+    Returns the image, uint8 (3, size, size), and its truth, uint8 (size, size), as numpy arrays.
+    """
+    ys, xs = np.mgrid[:size, :size].astype(np.float32)
+
+    # The ground: one color, 20 % lighter and darker in waves that begin anywhere.
+    hue, saturation, value, a, b = GROUNDS[ground]
+    p, q = rng.uniform(0, 6.28, 2)
+    wave = np.sin(a * xs * (2 * math.pi / 64) + p) * np.sin(b * ys * (2 * math.pi / 64) + q)
+    color = np.array(colorsys.hsv_to_rgb(hue, saturation, value))[:, None, None]  # (3, 1, 1)
+    image = color * (1 + 0.2 * wave)  # (3, size, size)
+    truth = np.full((size, size), IGNORE, np.uint8)
+
+    for thing in things:
+        coverage, colors = draw(thing, xs, ys)
+        image = image + coverage * (colors - image)
+        truth[coverage > 0.5] = SHAPES_CLASSES.index(thing.name)
+
+    # A camera: gain and offset of each color channel, and noise on each pixel.
+    gain = rng.normal(1, 0.06, (3, 1, 1))
+    offset = rng.normal(0, 0.03, (3, 1, 1))
+    image = image * gain + offset + rng.normal(0, 0.03, image.shape)
+    return np.clip(255 * image, 0, 255).round().astype(np.uint8), truth
+
+
+@lru_cache(maxsize=2000)  # a training set is seen many times
+def target_scene(seed, i, size=64):
+    """Draws one to four different classes that fill much of the image: (image, truth) of paint."""
+    rng = np.random.default_rng((seed, i))
+    n = rng.integers(1, 5)
+
+    # Each thing gets another quarter of the image, and each another class.
+    q = size / 4
+    centers = rng.permutation([(q, q), (q, 3 * q), (3 * q, q), (3 * q, 3 * q)])
+    classes = rng.permutation(SHAPES_CLASSES)
+
+    # The more things, the smaller they are.
+    least, most = {1: (20, 28), 2: (16, 21), 3: (14, 19), 4: (13, 18)}[n]  # radius, pixels
+
+    things = []
+    for name, center in zip(classes[:n], centers):
+        if n > 1:
+            x, y = center + rng.uniform(-4, 4, 2)
+        else:
+            x, y = rng.uniform(0.3, 0.7, 2) * size
+        r = rng.uniform(least, most)
+        things.append(new_thing(name, x, y, r, rng))
+
+    ground = rng.choice(list(GROUNDS))
+    return paint(size, ground, things, rng)
+
+
+class Shapes:
+    """A split of the target, used like Files; image i follows from the split's seed and i alone."""
+
+    def __init__(self, split):
+        if split not in SHAPES_SPLITS:
+            raise ValueError(f"shapes has no split {split}, only {', '.join(SHAPES_SPLITS)}")
+        count, self.seed = SHAPES_SPLITS[split]
+        self.names = [f"{split}_{i:04}" for i in range(count)]
+        self.keep = True  # as target_scene does
+
+    def __len__(self):
+        return len(self.names)
+
+    def image(self, i):
+        """uint8 (3, 64, 64)"""
+        return torch.from_numpy(target_scene(self.seed, i)[0])
+
+    def truth(self, i):
+        """uint8 (64, 64)"""
+        return torch.from_numpy(target_scene(self.seed, i)[1])
+
+
+# --- Preparation: python datasets.py --prepare ----------------------------------------------------
+
+# Context's annotations are made of this file. Its own host, the second half of the address, is
+# reported dead.
+CONTEXT_JSON = (
+    "https://web.archive.org/web/2025id_/"
+    "https://codalabuser.blob.core.windows.net/public/trainval_merged.json"
+)
+CONTEXT_JSON_MD5 = "3c2d0c0656b7be9eb61928ffe885d8ce"
+
+# The ids of its 59 categories, in the order of CONTEXT_CLASSES.
+CONTEXT_IDS = (
+    2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104,
+    105, 113, 115, 144, 158, 159, 162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295,
+    296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368, 397, 415, 416, 420, 424, 427,
+    440, 445, 454, 458,
+)
 
 
 def misplaced(data, root):
-    """What people get wrong when a data set is not found, in a sentence."""
+    """Says in half a sentence why a data set is not found: what people get wrong, looked for."""
+    root = Path(root)
     layout = LAYOUTS[data]
-    top, _, year = layout.base.partition("/")
-    patterns = (f"{top}/VOC20*",) if year else ("ADE20K_20*", "**/index_ade20k*", "**/*_seg.png")
-    others = [other for pattern in patterns for other in root.glob(pattern) if other.name != year]
+    top, _, year = layout.base.partition("/")  # "VOCdevkit", "VOC2012"; ADE20K has only the first
+    train_images = layout.images.format(layout.split_folders.get("train", "train"))
+
     if (root / top / top).is_dir():
         return f"{root / top} holds a second {top}; move the inner one to {root}"
-    if (root / layout.pictures.format("training")).is_dir() or year and (root / year).is_dir():
-        return f"{root} is inside of {layout.base}; --root must be the folder that holds {top}"
-    if others:
-        return f"{others[0]} is " + (f"of another year than {year}" if year else f"the full ADE20K, not {top}")
-    return f"--root must be the folder that holds {layout.base}; datasets.py --prepare {data} --download fetches it"
+
+    if (root / train_images).is_dir() or year and (root / year).is_dir():
+        return f"{root} is inside of {layout.base}; root must be the folder that holds {top}"
+
+    for other in root.glob("VOCdevkit/VOC20*"):
+        if year and other.name != year:
+            return f"{other} is of another year than {year}"
+
+    if data == "ade20k":
+        for pattern in ("ADE20K_20*", "**/index_ade20k*", "**/*_seg.png"):
+            for other in root.glob(pattern):
+                return f"{other} is the full ADE20K, not {top}"
+
+    return f"root must be the folder that holds {layout.base}; {fetched_by(data, root)}"
 
 
-def fetch(address, md5, path):
-    """address -> path. It grows as a .part, with which the next call goes on, and gets its name when the md5 fits.
-    OSError: the host is dead. ValueError: another md5."""
-    part = path if path.is_file() else Path(f"{path}.part")
+def fetched_by(data, root):
+    """The end of a sentence about something that is missing."""
+    return f"python datasets.py --prepare {data} --root {root} --download fetches it"
+
+
+def fetch(url, md5, path):
+    """Downloads a file to `path`, unless it is there already, and checks its md5.
+
+    OSError: it cannot be fetched. ValueError: it has another md5. A file that was there is never
+    touched, and one that is broken or half fetched never gets the name `path`.
+    """
     advice = f"a copy with md5 {md5} can be put at {path}"
-    if part != path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        done = part.stat().st_size if part.is_file() else 0
-        print(f"fetching {address} to {part} from byte {done} on", file=sys.stderr)
-        try:
-            request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"})
-            with (urllib.request.urlopen(request, timeout=60) as answer,
-                  open(part, "ab" if answer.status == 206 else "wb") as file):  # 200: the whole file comes
-                shutil.copyfileobj(answer, file)
-                if answer.length:
-                    raise OSError("the connection broke off; the next run goes on from there")
-        except Exception as error:
-            if getattr(error, "code", 0) != 416:                                # 416: the .part is whole already
-                raise OSError(f"{address} could not be fetched ({error}): {advice}") from error
-    if not check_integrity(part, md5):
-        Path(f"{path}.part").unlink(missing_ok=True)
-        raise ValueError(f"{part} does not have the md5 {md5} (a .part is deleted then): {advice}")
-    part.rename(path)
+    if path.is_file():
+        if not check_integrity(path, md5):
+            raise ValueError(f"{path} does not have the md5 {md5}: move it away; {advice}")
+        return
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # Beside its later place, on the same disk, so that the finished file need only be renamed.
+        with tempfile.TemporaryDirectory(dir=path.parent) as work:
+            download_url(url, work, path.name, md5)
+            (Path(work) / path.name).rename(path)
+    except RuntimeError as error:  # download_url's way of saying that the md5 is another
+        raise ValueError(
+            f"what {url} sent does not have the md5 {md5} (did the connection break off?): {advice}"
+        ) from error
+    except Exception as error:
+        raise OSError(f"{url} could not be fetched ({error}): {advice}") from error
+
+
+def unpack(archive, base, root):
+    """Unpacks the folder `base` of an archive to root / base. ValueError: what is wrong with it."""
+    # A tar may try to write outside its folder or to link there: Python's filter "data" refuses.
+    # A zip has no filter and needs none: Python drops such paths from it.
+    options = {}
+    if archive.suffix == ".tar":
+        options["filter"] = "data"
+
+    try:
+        # Into a temporary folder that is renamed at the end: an interrupted run leaves no half of a
+        # data set that would be taken for the whole.
+        with tempfile.TemporaryDirectory(dir=root) as work:
+            shutil.unpack_archive(archive, work, **options)
+            (root / base).parent.mkdir(exist_ok=True)
+            (Path(work) / base).rename(root / base)
+    except Exception as error:
+        raise ValueError(f"{archive} could not be unpacked: {error}") from error
 
 
 def decode_rle(counts, height, width):
-    """COCO's compressed run lengths -> bool (height, width); ValueError where they are damaged. A character less 48 is
-    six bits: five of a number, low ones first, and whether more follow; the last one's fifth is the sign. From the
-    fourth number on it is the difference to the run two before. Runs go down the columns, of zeros and ones in turn."""
-    runs, number, shift = [], 0, 0
+    """COCO's compressed run lengths -> bool (height, width). ValueError: they are damaged.
+
+    A mask is a list of runs down its columns: so many zeros, so many ones, and so on in turn. Each
+    number takes one character or more, of code 48 + six bits: the lower five belong to the number,
+    low ones first, and the sixth says that another character of the same number follows. The fifth
+    bit of the last character is the sign. From the fourth number on, not the run itself is written
+    but its difference to the run two before.
+
+    Example: "123O0", 2 x 5 pixels, reads 1, 2, 3, -1, 0. Runs: 1, 2, 3, 2 - 1 = 1, 3 + 0 = 3.
+    """
+    runs = []
+    number = 0  # what has been read of the present number
+    shift = 0   # its bits so far
+
     for character in counts:
         bits = ord(character) - 48
         if not 0 <= bits < 64 or shift > 60:
             raise ValueError(f"run lengths hold {character!r}, or a number without an end")
-        number, shift = number | (bits & 31) << shift, shift + 5
-        if not bits & 32:
-            runs.append(number - (bits >> 4 << shift) + (runs[-2] if len(runs) > 2 else 0))
-            number, shift = 0, 0
+        number |= (bits & 31) << shift
+        shift += 5
+
+        if not bits & 32:  # the last character of this number
+            if bits & 16:  # negative: two's complement
+                number -= 1 << shift
+            if len(runs) > 2:
+                number += runs[-2]
+            runs.append(number)
+            number = 0
+            shift = 0
+
     if shift or min(runs, default=0) < 0 or sum(runs) != height * width:
-        raise ValueError(f"run lengths are cut off, negative, or do not add up to {height} x {width} pixels")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+        raise ValueError(
+            f"run lengths are cut off, negative, or do not add up to {height} x {width} pixels"
+        )
+    is_one = np.arange(len(runs)) % 2 == 1
+    return np.repeat(is_one, runs).reshape(width, height).T  # column by column
 
 
-def context_labels(base, data):
-    """Context's JSON -> label PNGs (0: none of the 59) and, when all are there, the lists. Interrupted, it goes on."""
-    names = {category["category_id"]: category["name"] for category in data["categories"]}
+def context_labels(base, content):
+    """Makes Context's label files (0: none of the 59 classes; 1..59) and the lists of its splits.
+
+    The lists are written last: while they are missing, the data set is not complete. After an
+    interruption the next run goes on with the first label file that is missing.
+
+    Args:
+        base: the folder VOC2010.
+        content: the content of trainval_merged.json.
+    """
+    layout = LAYOUTS["context"]
+
+    # Label files with another order of classes circulate; the numbers would be wrong in silence.
+    found = {category["category_id"]: category["name"] for category in content["categories"]}
     for k, name in zip(CONTEXT_IDS, CONTEXT_CLASSES):
-        if names.get(k) != (name := name.replace("airplane", "aeroplane").replace(" ", "")):  # as its JSON spells it
-            raise ValueError(f"category {k} is {names.get(k)}, not {name}: are VOC's 20 classes first here?")
-    annotations, ids = {}, np.array((0, *CONTEXT_IDS))
-    for annotation in data["annos_segmentation"]:
+        spelled = name.replace("airplane", "aeroplane").replace(" ", "")  # as the JSON does
+        if found.get(k) != spelled:
+            raise ValueError(
+                f"category {k} is {found.get(k)}, not {spelled}: are VOC's 20 classes first here?"
+            )
+
+    annotations = {}  # image id -> its annotations, in the order of the file
+    for annotation in content["annos_segmentation"]:
         annotations.setdefault(annotation["image_id"], []).append(annotation)
-    folder, lists = base / LAYOUTS["context"].labels, base / LAYOUTS["context"].lists
+
+    folder = base / layout.annotations
+    lists = base / layout.lists
     folder.mkdir(exist_ok=True)
     lists.mkdir(parents=True, exist_ok=True)
-    images = [(image, folder / (Path(image["file_name"]).stem + ".png")) for image in data["images"]]
-    for done, (image, path) in enumerate(images):
-        if image["phase"] in ("train", "val") and not path.exists():
-            mask = np.zeros((image["height"], image["width"]), int)
-            for annotation in annotations.get(image["image_id"], ()):  # later ones cover earlier ones
-                mask[decode_rle(annotation["segmentation"]["counts"], *mask.shape)] = annotation["category_id"]
-            label = np.searchsorted(ids, mask).astype(np.uint8)
-            if (ids[label.clip(0, 59)] != mask).any():
-                raise ValueError(f"{path.stem} has a category that is none of the 59")
-            Image.fromarray(label).save(f"{path}.part", "PNG")
-            Path(f"{path}.part").rename(path)
-        print(f"{done + 1} of {len(images)} labels", end="\r", file=sys.stderr)
-    for split in ("train", "val"):
-        stems = sorted(path.stem for image, path in images if image["phase"] == split)
-        (lists / f"{split}.txt").write_text("\n".join(stems) + "\n")
+
+    splits = {"train": [], "val": []}  # -> names; the JSON's third phase, test, has no annotations
+    progress = Progress("context annotations", len(content["images"]))
+    for done, image in enumerate(content["images"], start=1):
+        if image["phase"] in splits:
+            path = folder / (Path(image["file_name"]).stem + layout.annotation_suffix)
+            splits[image["phase"]].append(path.stem)
+            if not path.exists():
+                write_context_label(path, image, annotations.get(image["image_id"], []))
+        progress(done)
+
+    for split, names in splits.items():
+        (lists / f"{split}.txt").write_text("\n".join(sorted(names)) + "\n")
+
+
+def write_context_label(path, image, annotations):
+    """Writes one label file. `image`: its entry in the JSON; `annotations`: those of this image."""
+    categories = np.zeros((image["height"], image["width"]), int)  # (H, W) of category ids
+    for annotation in annotations:  # later ones cover earlier ones
+        mask = decode_rle(annotation["segmentation"]["counts"], *categories.shape)
+        categories[mask] = annotation["category_id"]
+
+    # Category id -> its place in the sorted list of ids: 0 -> 0, 2 -> 1, 9 -> 2, ..., 458 -> 59.
+    ids = np.array((0, *CONTEXT_IDS))
+    label = np.searchsorted(ids, categories).astype(np.uint8)
+    if (ids[label.clip(0, 59)] != categories).any():
+        raise ValueError(f"{path.stem} has a category that is none of the 59")
+
+    # Renamed when whole: a label that exists is complete.
+    part = Path(f"{path}.part")
+    Image.fromarray(label).save(part, "PNG")
+    part.rename(path)
 
 
 def prepare(data, root, download=False):
-    """Fetches (with download) and unpacks what is missing and makes Context's labels; writes nowhere but in root."""
-    layout, root = LAYOUTS[data], Path(root)
-    base, archive = root / layout.base, root / Path(layout.archive).name
+    """Unpacks a data set and, for Context, makes its label files.
+
+    What is there already is left alone. ValueError, OSError: what is wrong, and what to do.
+
+    Args:
+        data: a key of LAYOUTS.
+        root: the folder of the archives and of all that is in them; nothing is written elsewhere.
+        download: fetch the archives that are missing.
+    """
+    layout = LAYOUTS[data]
+    root = Path(root)
+    base = root / layout.base
+
     if not base.is_dir():
+        archive = root / Path(layout.archive).name
         if download:
             fetch(layout.archive, layout.md5, archive)
         if not archive.is_file():
             raise FileNotFoundError(f"{base} does not exist: {misplaced(data, root)}")
-        try:
-            with tempfile.TemporaryDirectory(dir=root) as work:  # moved when whole: an interrupted run starts again
-                shutil.unpack_archive(archive, work, **({"filter": "data"} if archive.suffix == ".tar" else {}))
-                base.parent.mkdir(exist_ok=True)
-                (Path(work) / layout.base).rename(base)
-        except Exception as error:
-            raise ValueError(f"{archive} could not be unpacked: {error}") from error
+        unpack(archive, layout.base, root)
+
     if data == "context" and not (base / layout.lists / "val.txt").is_file():
-        sources = [folder / Path(CONTEXT_JSON[0]).name for folder in (base, root)]
-        source = sources[not sources[0].is_file()]
+        source = base / Path(CONTEXT_JSON).name
+        if not source.is_file():
+            source = root / Path(CONTEXT_JSON).name
         if download:
-            fetch(*CONTEXT_JSON, source)
+            fetch(CONTEXT_JSON, CONTEXT_JSON_MD5, source)
+        if not source.is_file():
+            raise FileNotFoundError(f"{source} is missing; {fetched_by(data, root)}")
         try:
             context_labels(base, json.loads(source.read_bytes()))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{source} is missing; --download fetches it") from error
         except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
             raise ValueError(f"{source} is not Context's annotation file: {error}") from error
 
 
 def verify(data, root):
-    """Reads all pictures and labels and says what was found; the first thing wrong is a ValueError or OSError."""
+    """Reads all images and annotations of a data set and prints what was found, a line a split.
+
+    The line names the classes that occur in no label file: after a mistake in label_values, or with
+    another data set's labels, there are many. The first thing wrong is a ValueError or OSError.
+    """
+    classes = DATA[data].classes
     for split, official in LAYOUTS[data].official.items():
-        pairs, seen = Evaluation(open_split(data, root, split), short_side=0), set()
+        pairs = Evaluation(open_split(data, root, split), short_side=0)
+        progress = Progress(f"{data} {split}", len(pairs))
+        seen = set()
         for i in range(len(pairs)):
-            print(f"{data} {split}: {i + 1} of {len(pairs)}", end="\r", file=sys.stderr)
-            seen |= set((pairs[i][1].unique() + 1).tolist())  # as in the files; 255 + 1 = 0: ignored
-        print(f"{data} {split}: {len(pairs)} pictures with labels (official: {official}), label values {min(seen)} to "
-              f"{max(seen)}, {len(seen - {0})} of {len(DATA[data].classes)} classes")
+            _, truth, _ = pairs[i]
+            seen.update(truth.unique().tolist())
+            progress(i + 1)
+
+        missing = [name for c, name in enumerate(classes) if c not in seen]
+        line = (
+            f"{data} {split}: {len(pairs)} images with labels (official: {official}), "
+            f"{len(classes) - len(missing)} of {len(classes)} classes occur"
+        )
+        if missing:
+            line += f"; in no label: {', '.join(missing)}"
+        print(line)
 
 
-# --- shapes: a miniature world, drawn from seeds, nothing stored --------------------------------------------
-
-# It has two sides. The *web*, on which the tiny CLIP is pre-trained (tests/pretrain.py), has captioned scenes without
-# habits and staged close-ups with: each class in its own half of the page and in its own colour. The *target*, to be
-# segmented, drawn here, has the same classes anywhere, twins share two colours, and every pixel has a label, for
-# evaluation alone. So what patches learn of place and colour from close-ups is a bias on the target.
-
-# Grounds: hue, saturation, value, and the waves of the texture, across and down, a picture of 64 pixels.
-GROUNDS = {"wood": (.08, .55, .45, 1, 9), "stone": (.6, .05, .5, 5, 5), "sand": (.12, .3, .75, 13, 13),
-           "water": (.57, .5, .55, 3, 12), "grass": (.33, .55, .4, 16, 3), "leaves": (.38, .6, .28, 7, 7),
-           "cloth": (.0, .4, .45, 9, 9), "snow": (.6, .07, .85, 2, 4)}
-HUES = {"yellow": .14, "orange": .07, "blue": .62, "cyan": .5, "pink": .9, "red": .99, "lime": .25, "green": .36}
-# Texture of a class: dark where sin(a u + .5) sin(b v + .5) > t; u, v run from -1 to 1 over the object; 0: no wave.
-TEXTURES = {"coin": (9, 9, .25), "ring": (14, 0, .0), "box": (6, 6, .0), "gem": (12, 0, .1),
-            "star": (5, 5, .4), "flower": (0, 9, .0), "bee": (9, 0, .0), "beetle": (10, 10, .3)}
-SHAPES_SPLITS = {"train": (1000, 101), "val": (300, 102), "test": (500, 103)}  # number of pictures, seed
-
-
-def draw(thing, xs, ys):
-    """One object on the pixels xs, ys: coverage (H, W) in 0..1 and colours (3, H, W)."""
-    name, x, y, r, hue, angle = thing
-    c, s = math.cos(angle) / r, math.sin(angle) / r
-    u, v = c * (xs - x) + s * (ys - y), c * (ys - y) - s * (xs - x)  # the object's own coordinates, about -1..1
-    rho, phi = np.hypot(u, v), np.arctan2(v, u)
-    inside = {"coin": lambda: 1 - rho, "ring": lambda: np.minimum(1 - rho, rho - .45),
-              "box": lambda: .85 - np.maximum(abs(u), abs(v)), "gem": lambda: .75 * (1.05 - abs(u) - abs(v)),
-              "star": lambda: .62 + .38 * np.cos(5 * phi) - rho, "flower": lambda: .8 + .2 * np.cos(6 * phi) - rho,
-              "bee": lambda: 1 - np.hypot(u, v / .65), "beetle": lambda: 1 - np.hypot(u, v / .75)}[name]()
-    a, b, t = TEXTURES[name]
-    dark = np.sin(a * u + (.5 if a else 1.57)) * np.sin(b * v + (.5 if b else 1.57)) > t
-    if name == "flower":
-        dark = rho < .35
-    if name == "beetle":
-        dark = dark | (inside < .2) | (abs(v) < .08)
-    light = np.array(colorsys.hsv_to_rgb(hue % 1, .75, .9))[:, None, None]
-    return np.clip(inside * r + .5, 0, 1), light * np.where(dark, .4, 1.)
-
-
-def paint(size, ground, things, rng):
-    """Later things cover earlier ones: picture uint8 (3, size, size), label uint8 (size, size)."""
-    ys, xs = np.mgrid[:size, :size].astype(np.float32)
-    hue, saturation, value, a, b = GROUNDS[ground]
-    p, q = rng.uniform(0, 6.28, 2)
-    wave = np.sin(a * xs * (2 * math.pi / 64) + p) * np.sin(b * ys * (2 * math.pi / 64) + q)
-    picture = np.array(colorsys.hsv_to_rgb(hue, saturation, value))[:, None, None] * (1 + .2 * wave)
-    label = np.full((size, size), IGNORE, np.uint8)
-    for thing in things:
-        coverage, colours = draw(thing, xs, ys)
-        picture = picture + coverage * (colours - picture)
-        label[coverage > .5] = SHAPES_CLASSES.index(thing[0])
-    gain, offset = rng.normal(1, .06, (3, 1, 1)), rng.normal(0, .03, (3, 1, 1))
-    picture = picture * gain + offset + rng.normal(0, .03, picture.shape)
-    return np.clip(255 * picture, 0, 255).round().astype(np.uint8), label
-
-
-def new_thing(name, x, y, r, rng, own_colour=0.5):
-    """(name, x, y, r, hue, angle); own_colour: how often it shows its own hue for sure, else either of the twins' two.
-    One in five has any hue at all."""
-    k, hues = SHAPES_CLASSES.index(name), list(HUES.values())
-    twins = hues[k // 2 * 2:k // 2 * 2 + 2]
-    hue = rng.choice(hues) if rng.random() < .2 else twins[k % 2] if rng.random() < own_colour else rng.choice(twins)
-    return name, x, y, r, hue + rng.normal(0, .015), rng.uniform(-.5, .5)
-
-
-@lru_cache(maxsize=2000)  # a training set is seen many times
-def target_scene(seed, i, size=64):
-    """One to four different classes that fill much of the picture, without any habit: picture and label."""
-    rng = np.random.default_rng((seed, i))
-    n, q = rng.integers(1, 5), size / 4
-    corners = rng.permutation([(x, y) for x in (q, 3 * q) for y in (q, 3 * q)])
-    things = []
-    for name, corner in zip(rng.permutation(SHAPES_CLASSES)[:n], corners):
-        x, y = corner + rng.uniform(-4, 4, 2) if n > 1 else rng.uniform(.3, .7, 2) * size
-        r = rng.uniform(*((20, 28), (16, 21), (14, 19), (13, 18))[n - 1])
-        things.append(new_thing(name, x, y, r, rng))
-    return paint(size, rng.choice(list(GROUNDS)), things, rng)
-
-
-class Shapes(Files):
-    """A target split with the same methods as Files; picture i depends on the split's seed and i alone."""
-
-    def __init__(self, split):
-        count, self.seed = SHAPES_SPLITS[split]
-        self.names = [f"{split}_{i:04}" for i in range(count)]
-
-    def picture(self, i):
-        """uint8 (3, 64, 64)"""
-        return torch.from_numpy(target_scene(self.seed, i)[0])
-
-    def label(self, i):
-        """uint8 (64, 64)"""
-        return torch.from_numpy(target_scene(self.seed, i)[1])
-
-
-# --- What training and evaluation read ----------------------------------------------------------------------
-
-class Augment:
-    """Sec. 4.1, "random cropping and random flipping", with the released sizes: uint8 (3, H, W) -> float
-    (3, crop, crop) in [0, 1].
-
-    The picture is resized, ratio kept, to fit r * (long_side, short_side), r uniform in `ratio`; then a random
-    crop, a random flip, and photometric distortion (brightness, contrast, saturation, hue; released, not in
-    the paper). crop 0 leaves size and place alone. The released code re-draws a crop in which one class covers
-    more than 75 %: that looks at labels, so it is not done here.
-    """
-
-    def __init__(self, long_side, short_side, crop, ratio=(0.5, 2.0), flip=True, photometric=True):
-        self.long_side, self.short_side, self.crop, self.ratio = long_side, short_side, crop, ratio
-        self.cut = v2.RandomCrop(crop, pad_if_needed=True, fill=PADDING) if crop else None
-        steps = ([v2.RandomHorizontalFlip()] if flip else []) + ([v2.RandomPhotometricDistort()] if photometric else [])
-        self.then = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
-
-    def __call__(self, picture):
-        if self.cut:
-            r = torch.empty(()).uniform_(*self.ratio).item()
-            H, W = picture.shape[1:]
-            factor = min(self.long_side * r / max(H, W), self.short_side * r / min(H, W))
-            size = [max(1, round(H * factor)), max(1, round(W * factor))]
-            picture = self.cut(v2.functional.resize(picture, size, antialias=True))
-        return self.then(picture)
-
-
-class TrainingStream(Dataset):
-    """An endless stream over a split; item s is (picture float (3, H, W), name). Labels are never opened.
-
-    Item s belongs to epoch s // N and everything random about it (order, crop, flip, colours) follows from
-    (seed, s) alone. So a run can go on at any s, with any number of workers, exactly as if it had not stopped;
-    `sampler=range(first, last)` is all the DataLoader needs.
-    """
-
-    def __init__(self, split, transform, seed):
-        self.split, self.transform, self.seed = split, transform, seed
-        self._epoch, self._order = None, None
-
-    def __len__(self):
-        return len(self.split)
-
-    def __getitem__(self, s):
-        epoch, place = divmod(s, len(self.split))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.split), generator=generator)
-        i = int(self._order[place])
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-            torch.manual_seed(self.seed * 1_000_003 + s)
-            return self.transform(self.split.picture(i)), self.split.names[i]
-
-
-def resize_short_side(picture, short_side):
-    """uint8 (3, H, W) -> (3, h, w), ratio kept: the short side is `short_side` pixels, unless the long one would exceed
-    2048 and 4 * short_side; then it gets the larger of these. short_side 0 leaves the size alone."""
-    sides, longest = picture.shape[1:], max(2048, 4 * short_side)
-    if max(sides) * short_side > longest * min(sides):
-        return v2.functional.resize(picture, [max(1, side * longest // max(sides)) for side in sides], antialias=True)
-    return v2.functional.resize(picture, [short_side], antialias=True) if short_side else picture
-
-
-class Thumbnails(Dataset):
-    """Each picture as CLIP's image encoder saw pictures in its training: short side to `resolution` (bicubic),
-    centre crop. Item i is (float (3, resolution, resolution) in [0, 1], name)."""
-
-    def __init__(self, split, resolution):
-        self.split = split
-        self.transform = v2.Compose([
-            v2.Resize(resolution, interpolation=InterpolationMode.BICUBIC, antialias=True),
-            v2.CenterCrop(resolution), v2.ToDtype(torch.float32, scale=True)])
-
-    def __len__(self):
-        return len(self.split)
-
-    def __getitem__(self, i):
-        picture = self.split.picture(i)
-        sides = [min(side, 4 * min(picture.shape[1:])) for side in picture.shape[1:]]  # what a strip loses anyway
-        return self.transform(v2.functional.center_crop(picture, sides)), self.split.names[i]
-
-
-class Evaluation(Dataset):
-    """Item i is (picture float (3, H, W) in [0, 1] with the given short side, label uint8 at its own size, name)."""
-
-    def __init__(self, split, short_side):
-        self.split, self.short_side = split, short_side
-
-    def __len__(self):
-        return len(self.split)
-
-    def __getitem__(self, i):
-        picture, label = self.split.picture(i), self.split.label(i)
-        if label.shape != picture.shape[1:]:
-            raise ValueError(f"{self.split.names[i]}: the label is {tuple(label.shape)}, the picture "
-                             f"{tuple(picture.shape[1:])} pixels")
-        picture = resize_short_side(picture, self.short_side)
-        return v2.functional.to_dtype(picture, torch.float32, scale=True), label, self.split.names[i]
+def main(argv=None):
+    """The command line: prepare, then verify."""
+    parser = argparse.ArgumentParser(description="Fetches, unpacks and verifies a data set.")
+    parser.add_argument("--prepare", choices=list(LAYOUTS), required=True, help="the data set")
+    parser.add_argument(
+        "--root", default="data", help="folder for the archives and all that is in them"
+    )
+    parser.add_argument("--download", action="store_true", help="fetch what is missing")
+    args = parser.parse_args(argv)
+    prepare(args.prepare, args.root, args.download)
+    verify(args.prepare, args.root)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fetches, unpacks and verifies a data set.")
-    parser.add_argument("--prepare", choices=LAYOUTS, required=True)
-    parser.add_argument("--root", default="data", help="folder for the archives and all that is in them")
-    parser.add_argument("--download", action="store_true", help="fetch what is missing")
-    args = parser.parse_args()
     try:
-        prepare(args.prepare, args.root, args.download)
-        verify(args.prepare, args.root)
+        main()
     except (ValueError, OSError) as error:
         sys.exit(f"datasets.py: {error}")

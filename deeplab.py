@@ -1,30 +1,90 @@
-"""DeepLab V2 with a head of texts: the student into which the rectified CLIP is distilled (Sec. 3.5).
+"""DeepLab V2 with heads made of texts: the student that learns from the rectified CLIP (Sec. 3.5).
+
+The student in one drawing. What stands in [brackets] learns; the heads W_q and W_r are fixed.
+
+    image (B, 3, H, W) in [0, 1]
+      |
+      |  minus ImageNet's mean, over its standard deviation
+      v
+    [backbone]  ResNet-101; the last two of its stages dilate instead of striding
+      |
+      |  (B, 2048, h, w): one cell of the grid per 8 x 8 pixels
+      |
+      +-------------------+--------------------+--------------------+
+      v                   v                    v                    v
+    [3x3, dilation 6]   [3x3, dilation 12]   [3x3, dilation 18]   [3x3, dilation 24]   ASPP
+      |                   |                    |                    |
+      +-------------------+------- (+) --------+--------------------+
+                                    |
+                                    |  each cell's vector divided by its length
+                                    v
+                            Z^ (B, D, h, w)  <-------- Eq. (7): be like the rectified CLIP's Z
+                                    |
+                        +-----------+-----------+
+                        |                       |
+                  Z^ . rows of W_q        Z^ . rows of W_r
+                        v                       v
+                query (B, C, h, w)      reference (B, C, h, w)
+                        |                       |
+                        +--------> (-) <--------+
+                                    |
+                                    v
+                           M^D (B, C, h, w)  <-------- text-guided loss: masks made of M^D,
+                                    |                  Eq. (4), pool Z^; what they pool must
+                                    |                  resemble the text of its class, Eq. (5)
+                                    |
+                                    |  to_pixels: bilinear, 8 times larger, cut to H x W
+                                    v
+                          pixels (B, C, H, W)  <------ Eq. (6): give every pixel the class
+                                    |                  that the rectified CLIP gave it
+                                    |  argmax over C
+                                    v
+                              masks (B, H, W)
+
+The losses stand in reclip.py: feature_guided_loss, text_guided_loss, mask_guided_loss.
 
 What stands here
-    ASPP                 four dilated convolutions, summed: the end of DeepLab V2
-    STUDENTS             the backbones: resnet101 (the paper's size), resnet50, and tiny for 64 x 64 pictures
-    DeepLabV2            backbone, ASPP and head as one module, with save and load; it needs no CLIP
-      .features          (B, 3, H, W) -> Z^ (B, D, h, w), which Eq. 7 makes resemble CLIP's features
-      .rectify           Z^ -> logits, by the head inherited from rectification
-    linear_classification  Table 1's "LC": how good are the features? (with labels)
+    dilated_resnet, tiny_resnet    the backbones
+    ASPP                           four dilated convolutions, summed: the end of DeepLab V2
+    STUDENTS                       what there is to choose: resnet101, resnet50, tiny (for shapes)
+    DeepLabV2                      all of it as one module, with save and load; it needs no CLIP
+      .features                    images -> Z^
+      .rectify                     Z^ -> M^D and its parts, by heads inherited from rectification
 
 Symbols
-    B pictures, C classes, D joint width of CLIP; H x W pixels, s stride of the student, h x w its grid, h = ceil(H/s)
-    Z^   features (B, D, h, w), each of length 1 as CLIP's Z is
-    W_q, W_r  query and reference text features (C, D);  M_p  positional logits (1, 1 or C, any grid)
+    B images, C classes, D width of CLIP's joint space; H x W pixels, h x w cells of the grid
+    s    output stride: one cell is s x s pixels; h = ceil(H / s), w = ceil(W / s)
+    Z^   the student's features    (B, D, h, w)         each cell of length 1, as in CLIP's Z
+    W_q  query text features       (C, D)               each row of length 1
+    W_r  reference text features   (C, D)               the whole matrix of length 1 (Frobenius
+                                                        norm), so a row has about 1 / sqrt(C)
+    M_p  positional logits         (1, 1 or C, h0, w0)  not in the default head (Table 6)
+    M^D  the student's logits      (B, C, h, w)
 
-Copied elsewhere, it is used like this:
-    student = DeepLabV2(["cat", "dog"], W_q, W_r, backbone_weights="imagenet")   # pictures in [0, 1], (B, 3, H, W)
-    masks = student.to_pixels(student(pictures).rectified, H, W).argmax(1)       # (B, H, W)
+W_q and W_r come from a rectified CLIP, as ReCLIP.heads() in reclip.py returns them. Products of
+vectors of length 1 are cosines: that is what the query logits are, and M^D is a cosine less a mild
+correction. It is mild because the rows of W_r are short. Do not normalize them: a reference as
+strong as the query would drown it.
+
+Copied elsewhere (with torch and torchvision installed), it is used like this:
+    W_q, W_r = ReCLIP.load("rectify.pt").heads()                         # (C, D) each
+    student = DeepLabV2(["cat", "dog"], W_q, W_r, backbone_weights="imagenet")
+
+    logits = student(images).rectified                                   # images in [0, 1]
+    masks = student.to_pixels(logits, H, W).argmax(1)                    # (B, H, W)
+
 `python deeplab.py` shows every tensor on the way once.
 
-Source: Chen et al., "DeepLab: Semantic Image Segmentation with ... Atrous Convolution ..." (2018); torchvision.
+Sources: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous
+Convolution, and Fully Connected CRFs" (2018), which is DeepLab V2; torchvision's ResNets.
 """
 
+import errno
+import hashlib
 import os
 from collections import OrderedDict
-from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,245 +92,442 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training pictures, in [0, 1] units (torchvision)
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, values in [0, 1] (torchvision)
 STD = (0.229, 0.224, 0.225)
 
-# Table 6: "original" is a classifier that learns; the others are inherited from rectification and fixed.
-HEADS = ("original", "query", "query_reference", "query_reference_positional")
+# The rows of Table 6 with the paper's mIoU on VOC. "original" is a classifier that learns; the
+# others are inherited from rectification and fixed.
+HEADS = (
+    "original",                    # 73.8
+    "query",                       # 74.1
+    "query_reference",             # 75.4, the default
+    "query_reference_positional",  # 75.0
+)
 
 
-# --- Backbones and ASPP -------------------------------------------------------------------------------------
+# --- Backbones ------------------------------------------------------------------------------------
 
 def dilated_resnet(name):
-    """torchvision's ResNet, whose last two stages dilate instead of striding, so that s is 8 and not 32, without its
-    pooling and classifier. The parts keep their names: they are the keys of torchvision's state dicts."""
+    """torchvision's ResNet, made for dense features: (B, 3, H, W) -> (B, 2048, h, w) at stride 8.
+
+    name: "resnet50" or "resnet101". The parts keep torchvision's names: its state dicts fit.
+    """
+    # A ResNet halves its grid five times, to one cell per 32 x 32 pixels: a distant person is one
+    # cell, and no enlarging brings the outline back. So its last two stages do not stride, and
+    # the grid is four times finer on each side. Their kernels were trained on the coarse grids,
+    # though. With dilation 2, then 4, their taps lie as many pixels apart as in training: the
+    # ImageNet weights see what they know.
     net = torchvision.models.get_model(name, replace_stride_with_dilation=[False, True, True])
-    return nn.Sequential(OrderedDict(list(net.named_children())[:-2]))
+
+    # The pooling and the classifier at the end would throw the places away.
+    parts = OrderedDict(net.named_children())
+    del parts["avgpool"]
+    del parts["fc"]
+    return nn.Sequential(parts)
 
 
-def tiny_resnet(width=24):
-    """A stem and three residual blocks: (B, 3, H, W) -> (B, 4 width, H/4, W/4), 0.2 M parameters."""
-    def block(i, o, stride):
-        shortcut = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if i != o else None
-        return BasicBlock(i, o, stride, shortcut)
-
-    return nn.Sequential(nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-                         block(width, width, 1), block(width, 2 * width, 2), block(2 * width, 4 * width, 1))
+def resnet101():
+    """The depth of Chen et al.; the paper names DeepLab V2 and no depth."""
+    return dilated_resnet("resnet101")
 
 
-# name -> (backbone: (B, 3, H, W) -> (B, channels, h, w); channels; s; dilations of the ASPP behind it)
-STUDENTS = {
-    "resnet101": (partial(dilated_resnet, "resnet101"), 2048, 8, (6, 12, 18, 24)),
-    "resnet50": (partial(dilated_resnet, "resnet50"), 2048, 8, (6, 12, 18, 24)),  # the released code's size
-    "tiny": (tiny_resnet, 96, 4, (1, 2, 3, 4)),
-}
+def resnet50():
+    """The depth of the released code."""
+    return dilated_resnet("resnet50")
+
+
+def residual_block(channels_in, channels_out, stride):
+    """Two 3x3 convolutions and a shortcut: ResNet's block, which torchvision builds.
+
+    The shortcut is a 1x1 convolution where the number of channels changes, else the identity.
+    """
+    shortcut = None
+    if channels_in != channels_out:
+        shortcut = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
+            nn.BatchNorm2d(channels_out),
+        )
+    return BasicBlock(channels_in, channels_out, stride, shortcut)
+
+
+def tiny_resnet():
+    """For the 64 x 64 images of shapes (ours): (B, 3, H, W) -> (B, 96, h, w) at stride 4.
+
+    0.2 M parameters.
+    """
+    return nn.Sequential(
+        # stem: (B, 24, H/2, W/2)
+        nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        # stage 1: (B, 24, H/2, W/2)
+        residual_block(24, 24, stride=1),
+        # stage 2: (B, 48, H/4, W/4)
+        residual_block(24, 48, stride=2),
+        # stage 3: (B, 96, H/4, W/4)
+        residual_block(48, 96, stride=1),
+    )
+
+
+def one_line(error):
+    """An error's message without line breaks and not endless, to be quoted in a sentence."""
+    return " ".join(str(error).split())[:200]
 
 
 def load_backbone(backbone, student, source):
-    """source: "imagenet", downloaded once, hash checked; or a file, a state dict in torchvision's names."""
+    """Fills the backbone with trained weights, in place.
+
+    student: its name in STUDENTS.
+    source: "imagenet", which torchvision downloads once and checks the hash of; or the path of a
+        state dict in torchvision's names, with or without the classifier "fc".
+    Raises FileNotFoundError, or ValueError for weights that cannot be had or do not fit.
+    """
     if source == "imagenet" and student == "tiny":
-        raise ValueError("there are no ImageNet weights for the tiny student; give a file or none")
+        raise ValueError("there are no ImageNet weights for the tiny student; give a file or None")
     try:
         if source == "imagenet":
             weights = torchvision.models.get_model_weights(student).IMAGENET1K_V1
             state = weights.get_state_dict(progress=True, check_hash=True)
         else:
+            # weights_only: tensors and plain values. Any other pickle may run programs.
             state = torch.load(source, map_location="cpu", weights_only=True)
-        backbone.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no backbone weights at {source}: give a file or 'imagenet'") from None
-    except Exception as error:  # no network, or whatever a broken or hostile file provokes
-        raise ValueError(f"cannot fill {student} from {source} (no network, truncated, made for another network, or "
-                         f"unsafe): {' '.join(str(error).split())[:200]}") from error
 
+        without_classifier = {}
+        for key, value in state.items():
+            if not key.startswith("fc."):
+                without_classifier[key] = value
+        backbone.load_state_dict(without_classifier)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there are no backbone weights at {source}: give a file, "
+                                "'imagenet' or None as backbone_weights") from None
+    except Exception as error:  # no network, or whatever a broken or hostile file provokes
+        raise ValueError(f"cannot fill {student} from {source} (no network, truncated, unsafe, or "
+                         f"made for another network): {one_line(error)}") from error
+
+
+# --- ASPP -----------------------------------------------------------------------------------------
 
 class ASPP(nn.Module):
-    """DeepLab V2's pyramid: 3x3 convolutions of several dilations, summed, (B, channels, h, w) -> (B, D, h, w).
+    """Atrous spatial pyramid pooling of DeepLab V2: (B, channels, h, w) -> (B, D, h, w).
 
-    Nothing stands behind the sum. The released code ends each branch in batch norm and ReLU: such features are
-    never negative and cannot match CLIP's (Eq. 7).
+    3x3 convolutions side by side, alike but for their dilation, and summed.
+
+    rates: their dilations, which are distances between a kernel's taps, in cells (the default:
+        Chen et al.). A kernel spans 2 * rate + 1 cells: at stride 8 the four see 104, 200, 296
+        and 392 pixels.
     """
 
     def __init__(self, channels, D, rates=(6, 12, 18, 24)):
         super().__init__()
-        self.branches = nn.ModuleList(nn.Conv2d(channels, D, 3, padding=rate, dilation=rate) for rate in rates)
+        branches = []
+        for rate in rates:
+            # padding = dilation: the grid keeps its size
+            branches.append(nn.Conv2d(channels, D, 3, padding=rate, dilation=rate))
+        self.branches = nn.ModuleList(branches)
 
     def forward(self, x):
+        # A bus fills the image in one photo and a corner in the next. Each branch looks as far as
+        # its dilation reaches and gives its own answer in all D dimensions; in the sum, each cell
+        # can rely on the branch that reaches far enough, and not too far, for the thing there.
+        #
+        # Nothing stands behind the sum. The released code ends each branch in batch norm and ReLU:
+        # such features are never negative. Many of CLIP's numbers are, and Eq. (7) asks for them.
         return sum(branch(x) for branch in self.branches)
 
 
-# --- The student --------------------------------------------------------------------------------------------
+# --- What there is to choose ----------------------------------------------------------------------
+
+class Student(NamedTuple):
+    build: Callable     # () -> backbone: (B, 3, H, W) -> (B, channels, h, w)
+    channels: int       # of the backbone's features
+    output_stride: int  # s, pixels
+    rates: tuple        # of the ASPP behind the backbone, cells
+
+
+STUDENTS = {
+    "resnet101": Student(resnet101, channels=2048, output_stride=8, rates=(6, 12, 18, 24)),
+    "resnet50": Student(resnet50, channels=2048, output_stride=8, rates=(6, 12, 18, 24)),
+    "tiny": Student(tiny_resnet, channels=96, output_stride=4, rates=(1, 2, 3, 4)),
+}
+
+
+# --- The student ----------------------------------------------------------------------------------
 
 class Logits(NamedTuple):
-    query: torch.Tensor       # Z^ W_q^T (B, C, h, w), cosines
-    reference: torch.Tensor   # Z^ W_r^T (B, C, h, w)
-    positional: torch.Tensor  # M_p      (1, 1 or C, h, w), zero without a positional head
-    rectified: torch.Tensor   # M^D      (B, C, h, w), what the chosen head says
-    features: torch.Tensor    # Z^       (B, D, h, w), each cell of length 1
+    """What DeepLabV2 returns."""
+    query: torch.Tensor       # Z^ . W_q  (B, C, h, w), cosines
+    reference: torch.Tensor   # Z^ . W_r  (B, C, h, w)
+    positional: torch.Tensor  # M_p       (1, 1 or C, h, w), zero without a positional head
+    rectified: torch.Tensor   # M^D       (B, C, h, w), what the chosen head says
+    features: torch.Tensor    # Z^        (B, D, h, w), each cell of length 1
 
 
 class DeepLabV2(nn.Module):
-    """Pictures in [0, 1], (B, 3, H, W) -> Logits.
+    """The student of Sec. 3.5: images (B, 3, H, W), floats in [0, 1] -> Logits.
 
-    class_names: C strings. W_q, W_r (C, D): the heads, fixed. M_p (1, 1 or C, h0, w0): the teacher's positional logits
-    at one grid size, for the last of HEADS only. student: one of STUDENTS. backbone_weights: "imagenet", a file,
-    or None for random.
-    freeze_batch_norm: True keeps the backbone's batch norms as they came, statistics, scale and shift, as DeepLab V2
-        does: ImageNet's statistics are those of a million pictures, not of the 2 to 16 crops that fit into memory.
-        False trains them, which a random start needs. None (ours): True with backbone_weights, else False.
+    class_names: C strings.
+    W_q, W_r: (C, D), the heads; copied and fixed. "Symbols" above says how long their rows are.
+    M_p: (1, 1 or C, h0, w0), the teacher's positional logits on a grid of any one size, for the
+        head "query_reference_positional" alone.
+    student: a name in STUDENTS. resnet101: ours; resnet50: released; tiny: for shapes.
+    head: one of HEADS.
+    backbone_weights: "imagenet", a file (load_backbone says which), or None for random weights.
+    freeze_batch_norm: True keeps the backbone's batch norms as they came: statistics, scale and
+        shift. False trains them, which a start from random weights needs.
+        None (ours): True with backbone_weights, else False.
     """
 
-    def __init__(self, class_names, W_q, W_r, *, M_p=None, student="resnet101", head="query_reference",
-                 backbone_weights=None, freeze_batch_norm=None):
+    def __init__(
+        self,
+        class_names,
+        W_q,
+        W_r,
+        *,
+        M_p=None,
+        student="resnet101",
+        head="query_reference",
+        backbone_weights=None,
+        freeze_batch_norm=None,
+    ):
         super().__init__()
         if student not in STUDENTS:
             raise ValueError(f"student is {student!r}; it must be one of {', '.join(STUDENTS)}")
         if head not in HEADS:
             raise ValueError(f"head is {head!r}; it must be one of {', '.join(HEADS)}")
         if W_q.ndim != 2 or W_q.shape != W_r.shape or len(class_names) != len(W_q):
-            raise ValueError(f"W_q {tuple(W_q.shape)} and W_r {tuple(W_r.shape)} must both have one row for each of "
-                             f"the {len(class_names)} classes")
-        if (M_p is not None) != (head == "query_reference_positional"):
-            raise ValueError(f"the head {head!r} {'takes no' if M_p is not None else 'needs'} positional logits M_p")
-        frozen = backbone_weights is not None if freeze_batch_norm is None else freeze_batch_norm
-        self.settings = dict(student=student, head=head, freeze_batch_norm=frozen)
-        self.class_names, self.head, self.frozen = tuple(class_names), head, frozen
-        build, channels, self.cell, rates = STUDENTS[student]  # cell: side of a cell of the grid, pixels
-        self.backbone, self.aspp = build(), ASPP(channels, W_q.shape[1], rates)
+            raise ValueError(f"W_q {tuple(W_q.shape)} and W_r {tuple(W_r.shape)} must both have "
+                             f"one row for each of the {len(class_names)} classes")
+        if head == "query_reference_positional" and M_p is None:
+            raise ValueError(f"the head {head!r} needs positional logits M_p")
+        if head != "query_reference_positional" and M_p is not None:
+            raise ValueError(f"the head {head!r} takes no positional logits M_p")
+        if freeze_batch_norm is None:
+            freeze_batch_norm = backbone_weights is not None
+
+        self.class_names = tuple(class_names)
+        self.head = head
+        self.freeze_batch_norm = freeze_batch_norm
+        self.settings = dict(student=student, head=head, freeze_batch_norm=freeze_batch_norm)
+        C, D = W_q.shape
+
+        # What makes Z^ of an image: the backbone and the ASPP. They learn.
+        choice = STUDENTS[student]
+        self.output_stride = choice.output_stride
+        self.backbone = choice.build()
+        self.aspp = ASPP(choice.channels, D, choice.rates)
         if backbone_weights is not None:
             load_backbone(self.backbone, student, backbone_weights)
-        self.batch_norms = [m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in self.batch_norms:
-            norm.requires_grad_(not frozen)
-        for name, tensor in (("W_q", W_q), ("W_r", W_r), ("M_p", M_p)):
-            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
-        # Table 6's "Ori. Head": a learnt 1x1 convolution on Z^, where the paper's DeepLab has C channels at once; with
-        # Z^ kept, Eq. 7 and 8 are the same for all heads (ours).
-        C, D = W_q.shape
+        for norm in self.batch_norms():
+            norm.requires_grad_(not freeze_batch_norm)
+
+        # The heads are buffers, which no optimizer sees. The student is taught by guesses alone.
+        # A head that learnt would bend to their mistakes and forget what the words mean; where
+        # the head is fixed, the features must come to the texts.
+        self.register_buffer("W_q", W_q.detach().clone())
+        self.register_buffer("W_r", W_r.detach().clone())
+        self.register_buffer("M_p", None if M_p is None else M_p.detach().clone())
+
+        # Table 6's "Ori. Head": a learnt 1x1 convolution on Z^ (ours). DeepLab V2 itself goes from
+        # the backbone to C channels at once; with Z^ between, Eq. (7)-(8) serve all heads.
         self.classifier = nn.Conv2d(D, C, 1) if head == "original" else None
+
         self.to(W_q.device)
 
+    def batch_norms(self):
+        """All batch norms of the student; they stand in the backbone."""
+        return [part for part in self.backbone.modules() if isinstance(part, nn.BatchNorm2d)]
+
     def train(self, mode=True):
+        """Training or eval mode, as in any nn.Module; frozen batch norms stay in eval mode."""
         super().train(mode)
-        for norm in self.batch_norms:
-            norm.train(mode and not self.frozen)
+        # ImageNet's statistics are those of a million images, and the weights were trained with
+        # them. The 2 to 16 crops that fit into memory would replace them by rough estimates, new
+        # ones at each step. Hence DeepLab V2 freezes its batch norms, and so do we where it
+        # starts from ImageNet's weights (or a file's).
+        for norm in self.batch_norms():
+            norm.train(mode and not self.freeze_batch_norm)
         return self
 
     @property
     def scale(self):
-        """Factor on logits where probabilities are wanted: 100 for cosines (as released), a learnt head has its own."""
+        """Factor on M^D where probabilities are wanted: softmax(scale * M^D).
+
+        Cosines lie so close together that their own softmax is nearly flat: 100 (released). The
+        head "original" learns its own scale: 1.
+        """
         return 1 if self.head == "original" else 100
 
-    def features(self, pictures):
-        """Z^: (B, 3, H, W) in [0, 1] -> (B, D, h, w), each cell of length 1, in the precision of the pictures."""
-        mean, std = (pictures.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-        x = self.aspp(self.backbone((pictures - mean) / std))  # (B, D, h, w), bf16 under autocast
-        return F.normalize(x.to(pictures.dtype), dim=1)
+    def features(self, images):
+        """Z^: images (B, 3, H, W), floats in [0, 1] -> (B, D, h, w), each cell of length 1.
+
+        The result has the precision of the images. Raises ValueError for integer images.
+        """
+        if not images.is_floating_point():
+            # Cast to integers, MEAN and STD are 0, and a division by 0 gives nan without a word.
+            raise ValueError(f"images are {images.dtype}; they must be floats in [0, 1], which "
+                             "images.float() / 255 makes of uint8")
+        mean = images.new_tensor(MEAN).view(3, 1, 1)
+        std = images.new_tensor(STD).view(3, 1, 1)
+        x = self.backbone((images - mean) / std)  # (B, channels, h, w)
+        x = self.aspp(x)                          # (B, D, h, w), bf16 under autocast
+
+        # In CLIP's space only the direction of a vector has a meaning: its Z and its texts are of
+        # length 1. With Z^ of length 1 too, Eq. (7) compares like with like, the products with the
+        # texts are cosines as the teacher's are, and no cell gains by growing longer.
+        return F.normalize(x.to(images.dtype), dim=1)
 
     def rectify(self, Z):
-        """The head of Sec. 3.5 (Fig. 2b) on features Z^ (B, D, h, w), all parts by name. Never in bf16: its steps of
-        .001 at a cosine of .2 are as large as the gaps between classes."""
+        """The head of Sec. 3.5 (Fig. 2b): Z^ (B, D, h, w) -> Logits. In the default head
+
+            M^D = Z^ . W_q - Z^ . W_r
+
+        which is Eq. (2)-(3) once more, without M_p. Z^ is taught to be CLIP's Z, so it inherits
+        CLIP's preference for some classes, and the same W_r takes it out again.
+        """
+        # Never in bf16, whatever autocast says. Its numbers have 8 significant bits: around a
+        # cosine of 0.2 they lie 0.001 apart, and two classes often differ by no more.
         with torch.autocast(Z.device.type, enabled=False):
-            query, reference = (torch.einsum("bdhw,cd->bchw", Z, W) for W in (self.W_q, self.W_r))
-            # M_p depends on the place alone: the teacher's one map serves any picture, stretched onto its grid.
-            positional = Z.new_zeros(1, 1, 1, 1) if self.M_p is None else self.M_p
-            positional = F.interpolate(positional, size=Z.shape[2:], mode="bilinear", align_corners=False)
-            rectified = query - (reference + positional)  # Eq. (2, 3)
+            query = torch.einsum("bdhw,cd->bchw", Z, self.W_q)      # (B, C, h, w)
+            reference = torch.einsum("bdhw,cd->bchw", Z, self.W_r)  # (B, C, h, w)
+
+            # M_p depends on the place alone: one map serves every image, stretched onto its grid.
+            M_p = Z.new_zeros(1, 1, 1, 1) if self.M_p is None else self.M_p
+            positional = F.interpolate(
+                M_p, size=Z.shape[2:], mode="bilinear", align_corners=False
+            )                                                       # (1, 1 or C, h, w)
+
             if self.head == "original":
                 rectified = self.classifier(Z)
             elif self.head == "query":
                 rectified = query
+            else:
+                rectified = query - (reference + positional)
         return Logits(query, reference, positional, rectified, Z)
 
-    def forward(self, pictures):
-        return self.rectify(self.features(pictures))
+    def forward(self, images):
+        return self.rectify(self.features(images))
 
     def to_pixels(self, grid, height, width):
-        """(B, C, h, w) -> (B, C, height, width): bilinear by the stride, what lies over the picture's edge cut off."""
-        size = [side * self.cell for side in grid.shape[-2:]]
-        return F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
+        """Logits or features on cells -> on pixels: (B, any, h, w) -> (B, any, height, width)."""
+        # The last cells may reach over the image's edge (h * s >= H). So the grid is enlarged by
+        # the stride exactly, bilinearly, and what lies over the edge cut off. Squeezing the whole
+        # grid into the image would shift every outline.
+        h, w = grid.shape[-2:]
+        size = (h * self.output_stride, w * self.output_stride)
+        pixels = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)
+        return pixels[..., :height, :width]
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def fingerprint(self):
+        """sha256 of all weights, as text.
+
+        Two files of the same weights may differ: torch.save writes the file's name into it.
+        """
+        digest = hashlib.sha256()
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(key.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, path):
-        """Student, head, class names and settings in one file: it holds the old content or the whole new one."""
-        content = {"student": self.state_dict(), "class_names": list(self.class_names), "settings": self.settings}
-        temporary = f"{path}.{os.getpid()}.tmp"
+        """Writes weights, heads, class names and settings into one file; makes a missing folder.
+
+        Whatever happens meanwhile, the file holds its old content or the whole new one.
+        Raises OSError where it cannot be written.
+        """
+        content = {
+            "student": self.state_dict(),
+            "class_names": list(self.class_names),
+            "settings": self.settings,
+        }
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())  # the data must be on the disk before the new name is
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch.save raises the latter
-            raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}): is the disk full? What was "
-                          "there before is untouched") from error
+        except (OSError, RuntimeError) as error:
+            # torch.save turns a write that failed into a RuntimeError
+            disk_errors = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+            of_the_disk = isinstance(error, RuntimeError) or error.errno in disk_errors
+            question = "; is the disk full?" if of_the_disk else ""
+            raise OSError(f"{path} could not be written ({one_line(error)}); what was there before "
+                          f"is untouched{question}") from error
         finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+            if temporary.exists():
+                temporary.unlink()
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """A working segmenter from save's file, in eval mode."""
+        """A student from save's file, in eval mode, ready to segment.
+
+        Raises FileNotFoundError, or ValueError for a file that is damaged, unsafe or no student.
+        """
         try:
+            # weights_only: tensors and plain values. Any other pickle may run programs.
             content = torch.load(path, map_location="cpu", weights_only=True)
-            state, names = content["student"], content["class_names"]
-            model = cls(names, state["W_q"], state["W_r"], M_p=state.get("M_p"), **content["settings"])
+            state = content["student"]
+            settings = content["settings"]
+            model = cls(
+                content["class_names"],
+                state["W_q"],
+                state["W_r"],
+                M_p=state.get("M_p"),
+                student=settings["student"],
+                head=settings["head"],
+                freeze_batch_norm=settings["freeze_batch_norm"],
+            )
             model.load_state_dict(state, strict=True)
         except FileNotFoundError:
-            raise FileNotFoundError(f"no student at {path}: run python train.py --stage distill first") from None
-        except Exception as error:
+            raise FileNotFoundError(f"there is no student at {path}: give a file that "
+                                    "DeepLabV2.save or python train.py wrote") from None
+        except Exception as error:  # whatever a broken or hostile file provokes
             raise ValueError(f"{path} is not a student's checkpoint, or is truncated: "
-                             f"{' '.join(str(error).split())[:200]}") from error
+                             f"{one_line(error)}") from error
         return model.to(device).eval()
 
 
-def linear_classification(student, pairs, epochs=5, lr=0.01):
-    """Table 1's "LC", after MaskContrast: a linear classifier on the frozen student's pixel features, trained WITH
-    LABELS to tell how good the features are. Nothing else in this project learns from a label.
+# --- A guided tour --------------------------------------------------------------------------------
 
-    pairs: (picture (3, H, W) in [0, 1], label (H, W) with 255 for ignored, name) by index, as datasets.Evaluation has
-    them. Labels are read at the centres of the grid's cells. Adam, its epochs and learning rate are ours.
-    -> the student, its head replaced by the classifier, in eval mode
-    """
-    C, D = student.W_q.shape
-    device, order = student.W_q.device, torch.Generator().manual_seed(0)
-    student.eval().requires_grad_(False)
-    classifier = nn.Conv2d(D, C, 1).to(device)
-    for parameter in classifier.parameters():
-        nn.init.zeros_(parameter)
-    optimiser = torch.optim.Adam(classifier.parameters(), lr)
-    for epoch in range(epochs):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * (1 - epoch / epochs)
-        for i in torch.randperm(len(pairs), generator=order).tolist():
-            picture, label, _ = pairs[i]
-            Z = student.features(picture[None].to(device))                                       # (1, D, h, w)
-            ys, xs = (((torch.arange(cells) + 0.5) * student.cell * side / seen).long().clamp(max=side - 1)
-                      for cells, side, seen in zip(Z.shape[2:], label.shape, picture.shape[1:]))
-            small = label[ys][:, xs][None].long()                                                   # (1, h, w)
-            if (small < C).any():
-                loss = F.cross_entropy(classifier(Z), small.to(device), ignore_index=255)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-    student.classifier, student.head = classifier, "original"
-    return student
+def show(name, tensor, note):
+    """One line of the tour: name, shape, lowest and highest value, what it is."""
+    low = tensor.min().item()
+    high = tensor.max().item()
+    print(f"{name:<11}{str(tuple(tensor.shape)):<16}{low:6.2f} to {high:5.2f}  {note}")
 
 
+@torch.no_grad()
 def tour():
-    """Every tensor on the way from a picture to its mask, on random weights."""
+    """Every tensor on the way from two images to their masks, on random weights.
+
+    The numbers in a shape tell the symbols: B = 2, RGB = 3, C = 5, D = 16, H x W = 42 x 70, and at
+    the tiny student's stride of 4, h x w = 11 x 18. No two are equal.
+    """
     torch.manual_seed(0)
-    W_q, W_r = F.normalize(torch.randn(2, 8, 128), dim=-1)  # C = 8, D = 128
-    student, pictures = DeepLabV2(list("abcdefgh"), W_q, W_r / 8 ** 0.5, student="tiny"), torch.rand(2, 3, 64, 90)
-    with torch.no_grad():
-        logits = student.eval()(pictures)
-    pixels = student.to_pixels(logits.rectified, 64, 90)
-    rows = {"pictures": pictures, **logits._asdict(), "to_pixels": pixels, "masks": pixels.argmax(1)}
-    notes = ("(B, 3, H, W), normalised inside", "Z^ W_q^T (B, C, h, w), h = ceil(H / 4); Sec. 3.1",
-             "Z^ W_r^T; Sec. 3.2", "M_p; Sec. 3.3; none in this head (Table 6)", "M^D, the subtraction of Sec. 3.5",
-             "Z^ (B, D, h, w), each of length 1; Eq. 7 compares it with CLIP's Z", "M^D (B, C, H, W), for Eq. 6",
-             "the class of each pixel")
-    for (name, x), note in zip(rows.items(), notes, strict=True):
-        print(f"{name:<11}{str(tuple(x.shape)):<19}{x.min().item():6.2f} to {x.max().item():5.2f}  {note}")
+    class_names = ["cat", "dog", "sofa", "grass", "sky"]
+    W_q = F.normalize(torch.randn(5, 16), dim=1)  # each row of length 1
+    W_r = torch.randn(5, 16)
+    W_r = W_r / W_r.norm()                        # the whole matrix of length 1
+    student = DeepLabV2(class_names, W_q, W_r, student="tiny").eval()
+
+    images = torch.rand(2, 3, 42, 70)
+    logits = student(images)
+    pixels = student.to_pixels(logits.rectified, 42, 70)
+    masks = pixels.argmax(1)
+
+    show("images", images, "     (B, 3, H, W)")
+    show("features", logits.features, "Z^   (B, D, h, w)  each cell of length 1; Eq. (7)")
+    show("W_q", student.W_q, "W_q  (C, D)        Sec. 3.1, fixed")
+    show("W_r", student.W_r, "W_r  (C, D)        Sec. 3.2, fixed")
+    show("query", logits.query, "     (B, C, h, w)  Z^ . W_q, cosines")
+    show("reference", logits.reference, "     (B, C, h, w)  Z^ . W_r")
+    show("positional", logits.positional, "M_p  (1, 1, h, w)  none in this head")
+    show("rectified", logits.rectified, "M^D  (B, C, h, w)  query - reference")
+    show("to_pixels", pixels, "M^D  (B, C, H, W)  bilinear, cut to the image; Eq. (6)")
+    show("masks", masks, "     (B, H, W)     the class of each pixel")
 
 
 if __name__ == "__main__":

@@ -1,37 +1,60 @@
-"""ReCLIP (Sec. 3): CLIP's two biases, learnt without labels and subtracted; then the losses of its student.
+"""ReCLIP (Sec. 3): CLIP's two biases, learnt from images alone and subtracted; its student's losses.
+
+The method in one drawing. Only what stands in [brackets] learns; CLIP is frozen everywhere.
+
+    image -- CLIP's image encoder --> Z --+-- W_q: "a photo of a cat." ----> M_q ----------+
+                                          |                                               |
+                                          +-- W_r: [v_1] .. [v_L] cat -----> M_r --+      | minus
+                                                                                   + M_b -+---> M
+    CLIP's positional embedding p ---------------- [positional net] ------> M_p ---+            |
+                                                                                                |
+    loss <---- does the vector under <---- the mean of Z <---- one mask per <---- Gumbel-softmax
+    Eq. (5)    mask c resemble text c?     under each mask     class              Eq. (4)
 
 What stands here, in the paper's order
-    PROMPTS, query_text_features    Sec. 3.1   W_q, the frozen classifier
-    ReferencePrompt                 Eq. (1)    W_r, from learnable word vectors: class-preference bias
-    PositionalBias, ConstantBias    Sec. 3.3   M_p, from CLIP's positional embedding: space-preference bias; its control
-    bias_logits, rectify_logits     Eq. (2, 3) M_b = M_r + M_p;  M = M_q - M_b
-    gumbel_softmax_masks            Eq. (4)    differentiable hard masks
-    image_level_labels              Sec. 3.4   which classes does the picture hold?
+    query_text_features             Sec. 3.1    W_q, the frozen classifier
+    ReferencePrompt                 Eq. (1)     W_r, from learnable vectors: class-preference bias
+    PositionalBias                  Sec. 3.3    M_p, from CLIP's positions: space-preference bias
+    bias_logits, rectify_logits     Eq. (2)-(3) M_b = M_r + M_p;  M = M_q - M_b
+    gumbel_softmax_masks            Eq. (4)     hard masks that let a gradient through
+    image_level_labels              Sec. 3.4    which classes does the image hold?
     masked_features, contrastive_loss  Eq. (5)
     ReCLIP                          all of that as one module, with save and load
-    segment, slide                  masks of pixels from logits of patches; sliding windows
-    mask_guided_loss, feature_guided_loss, text_guided_loss, distillation_loss   Eq. (6), (7), Sec. 3.5, Eq. (8)
+    segment                         a mask of pixels from the logits of patches
+    mask_guided_loss, feature_guided_loss, text_guided_loss, distillation_loss   Eq. (6)-(8)
 
 Symbols
-    B pictures, C classes, D joint width of CLIP; H x W pixels, h x w patches, n = h*w
-    L prompt vectors, E width of CLIP's transformers
+    B images, C classes, D width of CLIP's joint space; H x W pixels, h x w patches, n = h * w
+    L prompt vectors, E_t width of CLIP's text transformer, E_v of its vision transformer
     Z    features            (B, D, h, w)  CLIP's patch features, each of length 1
-    W_q  query text features (C, D)        W_r  reference text features (C, D)
-    M_q  query_logits, M_r reference_logits, M_p positional_logits, M rectified_logits: (B, C, h, w)
-    (the paper writes n x C for one picture; we keep the grid, h x w = n, and the batch)
+    W_q  query text features (C, D)        rows of length 1
+    W_r  reference features  (C, D)        rows of length about 1 / sqrt(C)
+    M_q, M_r, M_p, M_b, M    logits        (B, C, h, w)
+    (The paper writes n x C for one image. We keep the grid, h x w = n, and the batch.)
+
+Four numbers turn cosines into probabilities; they are never the same thing:
+    tau_1     0.001  Eq. (4)  small: a patch takes its best class, noise decides only near ties
+    tau       0.01   Eq. (5)  CLIP's own temperature, 1 / logit scale: how sharply a mask is compared with texts
+    mask_tau  = tau  Eq. (6)  the same for the student's logits at each pixel
+    scale     100    evaluation only: softmax(100 M) where a threshold on a probability is asked for
 
 Copied elsewhere (with clip_model.py), it is used like this:
-    model = ReCLIP(load_clip("ViT-B/16"), ["cat", "dog", "grass"])   # pictures in [0, 1], (B, 3, H, W)
-    labels = model.image_labels(thumbnails, threshold=23, top_k=2)   # thumbnails (B, 3, 224, 224)
-    loss = model.loss(model.features(pictures), labels); loss.backward()
-    masks = model.eval()(pictures).rectified.argmax(1)               # (B, h, w)
-    mask = segment(model(picture).rectified, model.cell, (H, W), (H, W))  # (H, W)
+    model = ReCLIP(load_clip("ViT-B/16"), ["cat", "dog", "grass"])  # images in [0, 1], (B, 3, H, W)
+    labels = model.image_labels(thumbnails, threshold=23, top_k=2)     # thumbnails (B, 3, 224, 224)
 
-Where the paper and its authors' released code differ, a comment says so and a named argument offers both.
+    Z = model.features(images)                                              # one step of training
+    masks = gumbel_softmax_masks(model.rectify(Z).rectified, model.tau_1)
+    loss = contrastive_loss(masked_features(Z, masks), model.W_q, labels, model.tau)
+    loss.backward()
+
+    logits = model.eval()(image).rectified                                 # one image, (1, 3, H, W)
+    mask = segment(logits, model.output_stride, (H, W), (H, W))             # (H, W) uint8
+
+Where the paper and its authors' released code differ, a comment says so and a named argument
+offers both.
 """
 
 import hashlib
-import math
 from typing import NamedTuple
 
 import torch
@@ -39,191 +62,266 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clip_model import ATTENTIONS, load_clip, normalise, show, written_atomically
+from clip_model import ATTENTIONS, load_clip, normalize_pixels, show, written_atomically
 
 IGNORE = 255  # in masks: no class
 
 
-# --- Sec. 3.1: the Query -----------------------------------------------------------------------------------
+# --- Sec. 3.1: the Query --------------------------------------------------------------------------
 
-# 80 templates of CLIP's ImageNet ensemble and 5 "in the scene" ones (MaskCLIP's list), built from their parts.
+# The prompts of the Query: the 80 templates of CLIP's ImageNet ensemble and 5 "in the scene" ones
+# (MaskCLIP's list, which the authors use too), built from their parts. [a] is "a" or "the".
 
-_PHOTOS = ("bad", "black and white", "blurry", "bright", "close-up", "cropped", "dark", "good", "jpeg corrupted",
-           "low resolution", "pixelated")
-_WORKS = ("doodle", "drawing", "painting", "photo", "rendering", "rendition", "sculpture", "sketch", "tattoo")
+_PHOTOS = ("bad", "black and white", "blurry", "bright", "close-up", "cropped", "dark", "good",
+           "jpeg corrupted", "low resolution", "pixelated")
+_WORKS = ("doodle", "drawing", "painting", "photo", "rendering", "rendition", "sculpture", "sketch",
+          "tattoo")
 _LOOKS = ("clean", "cool", "dirty", "hard to see", "large", "nice", "small", "weird")
 _MADE = ("cartoon", "embroidered", "origami", "plastic", "plushie", "toy")
 
-PROMPTS = tuple(template.replace("[a]", article) for article in ("a", "the") for template in (
+_WITH_ARTICLE = (
     *(f"a {word} photo of [a] {{}}." for word in _PHOTOS),
     *(f"a {word} of [a] {{}}." for word in _WORKS),
     *(f"a photo of [a] {word} {{}}." for word in _LOOKS),
     *(f"[a] {word} {{}}." for word in _MADE),
-    "art of [a] {}.", "graffiti of [a] {}.", "itap of [a] {}.", "[a] {} in a video game.",
-    "there is [a] {} in the scene.", "this is [a] {} in the scene.",
-)) + ("a photo of many {}.", "a photo of my {}.", "a photo of one {}.", "itap of my {}.",
-      "this is one {} in the scene.")
+    "art of [a] {}.",
+    "graffiti of [a] {}.",
+    "itap of [a] {}.",
+    "[a] {} in a video game.",
+    "there is [a] {} in the scene.",
+    "this is [a] {} in the scene.",
+)
+PROMPTS = (
+    *(template.replace("[a]", "a") for template in _WITH_ARTICLE),
+    *(template.replace("[a]", "the") for template in _WITH_ARTICLE),
+    "a photo of many {}.",
+    "a photo of my {}.",
+    "a photo of one {}.",
+    "itap of my {}.",
+    "this is one {} in the scene.",
+)
 
 
 @torch.no_grad()
 def query_text_features(clip, class_names, prompts=PROMPTS):
-    """W_q (Sec. 3.1): per class the mean of the normalised text features of all prompts, normalised: (C, D).
-    "sofa | couch" is one class: both names go into the mean."""
-    device, rows = clip.logit_scale.device, []
+    """W_q (Sec. 3.1): for each class the normalized mean of its normalized text features, (C, D).
+
+    One sentence about a cat is as much about the sentence as about the cat; the mean over many
+    keeps what they share. "sofa | couch" is one class with two names, and both go into the
+    mean: each is one more way to find it.
+    """
+    device = clip.logit_scale.device
+    rows = []
+
     for name in class_names:
-        texts = [prompt.format(synonym.strip()) for synonym in name.split("|") for prompt in prompts]
-        features = F.normalize(clip.encode_text(clip.tokenize(texts).to(device)), dim=-1)  # (texts, D)
-        rows.append(F.normalize(features.mean(0), dim=-1))
-    return torch.stack(rows)                                                                # (C, D)
+        synonyms = [synonym.strip() for synonym in name.split("|")]
+        texts = [prompt.format(synonym) for synonym in synonyms for prompt in prompts]
+        try:
+            tokens = clip.tokenize(texts).to(device)                    # (texts, context)
+        except ValueError as error:
+            reason = str(error).split(";")[0]
+            raise ValueError(f"{reason}; give ReCLIP templates that are short in this CLIP's words, "
+                             "such as prompts=['a photo of a {}']") from error
+
+        features = F.normalize(clip.encode_text(tokens), dim=-1)        # (texts, D)
+        rows.append(F.normalize(features.mean(0), dim=-1))              # (D,)
+
+    return torch.stack(rows)                                            # (C, D)
 
 
-# --- Sec. 3.2: the Reference, class-preference bias ---------------------------------------------------------
+def segmentation_logits(features, text_features):
+    """M_q of Sec. 3.1 and M_r of Sec. 3.2: Z (B, D, h, w) and W (C, D) -> (B, C, h, w).
+
+    The texts are the weights of a 1x1 convolution: each patch is compared with each text. With W_q
+    this is a cosine, for both have length 1, and its argmax over C is MaskCLIP's segmentation.
+    """
+    return torch.einsum("bdhw,cd->bchw", features, text_features)
+
+
+# --- Sec. 3.2: the Reference, class-preference bias -----------------------------------------------
 
 class ReferencePrompt(nn.Module):
-    """Eq. (1): R_i = [v_1][v_2]...[v_L][CLS], the same L learnable vectors for all classes; () -> W_r (C, D).
+    """Eq. (1): R_i = [v_1][v_2]...[v_L][CLS_i], with the same L learnable vectors for all classes.
 
-    norm: the paper does not say how long W_r is. "frobenius" (released) divides by the norm of the whole
-        C x D matrix, so that a row has length about 1/sqrt(C) and M_r is a mild correction to M_q;
-        "class" gives each row length 1.
+    clip -> W_r (C, D). CLIP calls many a cow a dog: "dog" pulls too hard wherever something looks
+    like cattle. W_r is trained to say how hard each class pulls on a patch, so that it can be taken
+    off. It is made of a text and not of a free C x D matrix: what it can express are directions of
+    CLIP's own text space, and the shared vectors carry what is common to "CLIP leans towards ...".
+
+    class_names: the Reference reads the first synonym only, the Query all of them. A bias needs one
+        text per class, and the vectors adapt to the name that they stand before.
+    length: L. Sec. 3.2 has 73 = 77 - 2 (start and end) - 2 (name), whatever the name; the released
+        code cuts longer names off. We shorten the prompt instead, so that the longest name fits.
+    norm: the paper does not say how long W_r is. "frobenius" (released) divides by the norm of the
+        whole C x D matrix: a row has length about 1 / sqrt(C), and M_r is a mild correction to M_q.
+        "class" gives each row length 1: M_r is then as large as M_q itself.
     """
 
     def __init__(self, clip, class_names, length=73, norm="frobenius"):
         super().__init__()
         if norm not in ("frobenius", "class"):
             raise ValueError(f"reference_norm is {norm!r}; it must be 'frobenius' or 'class'")
-        text = clip.tokenizer_or_default()
-        self.names = [text.encode(name.split("|")[0]) for name in class_names]
-        # Sec. 3.2 has 73 = 77 - 2 (start, end) - 2 (name), whatever the name; the released code cuts longer
-        # names off. We shorten the prompt instead, so that the longest name fits.
-        length = min(length, clip.context_length - 2 - max(map(len, self.names)))
+
+        tokenizer = clip.tokenizer_or_default()
+        self.name_tokens = [tokenizer.encode(name.split("|")[0]) for name in class_names]
+        longest = max(len(tokens) for tokens in self.name_tokens)
+
+        length = min(length, clip.context_length - 2 - longest)
         if length < 1:
-            raise ValueError(f"no room for a prompt: of this CLIP's {clip.context_length} tokens the longest class "
-                             f"name needs {max(map(len, self.names))}, or prompt_length is below 1")
-        # Released: all vectors start as the embedding of token 0 ("!"). They leave each other because each
-        # stands at another place of the text.
-        self.vectors = nn.Parameter(clip.token_embedding.weight[0].detach().repeat(length, 1))  # (L, E)
+            raise ValueError(f"no room for a prompt: the longest class name has {longest} of this "
+                             f"CLIP's {clip.context_length} tokens, or prompt_length is below 1")
+
+        # Released: every vector starts as the embedding of token 0 ("!"). They do not stay equal,
+        # because each stands at another position of the text.
+        first = clip.token_embedding.weight[0].detach()                 # (E_t,)
+        self.vectors = nn.Parameter(first.repeat(length, 1))            # (L, E_t)
         self.norm = norm
 
     def forward(self, clip):
-        W_r = clip.encode_prompted(self.vectors, self.names)                                    # (C, D)
-        return W_r / (W_r.norm() if self.norm == "frobenius" else W_r.norm(dim=-1, keepdim=True))
+        W_r = clip.encode_prompted(self.vectors, self.name_tokens)      # (C, D)
+        if self.norm == "frobenius":
+            return W_r / W_r.norm()
+        return W_r / W_r.norm(dim=-1, keepdim=True)
 
 
-# --- Sec. 3.3: the positional net, space-preference bias ----------------------------------------------------
+# --- Sec. 3.3: the positional net, space-preference bias ------------------------------------------
 
 class PositionalBias(nn.Module):
-    """Sec. 3.3: three 3x3 convolutions, each with batch norm, over CLIP's positional embedding:
-    (1, E, h, w) -> M_p (1, channels, h, w), the same for all pictures of one size.
+    """Sec. 3.3: three 3x3 convolutions with batch norm: p (1, E_v, h, w) -> M_p (1, channels, h, w).
 
-    channels: the paper has one, shared by all classes (Eq. 2). A logit that all classes share cancels in
-        every softmax and argmax over classes: it can change no mask and receives no gradient. The released
-        code has C, one a class, and so do we by default; 1 is offered as the paper's text.
-    last_relu: released: a ReLU behind the last batch norm too, hence M_p >= 0. The paper does not say.
-    gain: fixed factor on the output (ours; 1 is the paper's). Behind a batch norm M_p starts with a spread of
-        about 1, while the cosines of different classes differ by far less: a short run cannot recover from that.
-        A small factor makes it start small and, as gradients carry it too, move calmly.
+    CLIP is better at the center of an image than near its border (Fig. 1a), because photographers
+    put their subject there. All that CLIP knows of place comes from its positional embedding p,
+    so a function of p can know how CLIP leans at each place; as p is no image, it can know
+    nothing else. M_p is therefore the same for all images of one size.
+
+    channels: the paper has one, shared by all classes (Eq. 2). A logit that all classes share
+    cancels
+        in every softmax and argmax over classes: it changes no mask and receives no gradient. The
+        released code has C, one per class, and so do we; 1 is offered as the paper's text.
+    last_relu: released: a ReLU behind the last batch norm too, hence M_p >= 0. The paper: not said.
+    gain: fixed factor on the output (ours; 1 is the paper's). Behind a batch norm M_p starts with a
+        spread of about 1, while the cosines of different classes differ by hundredths. Long
+        training (the paper's) recovers from that; a short one does not. A small factor makes
+        M_p start small and, since gradients carry it too, move calmly.
     """
 
     def __init__(self, width, channels, last_relu=True, gain=1.0):
         super().__init__()
-        layers, sizes = [], (width, 512, 256, channels)  # widths as released
-        for i, o in zip(sizes, sizes[1:]):
-            conv = nn.Conv2d(i, o, 3, padding=1, bias=False)  # the batch norm has a bias already
+        sizes = (width, 512, 256, channels)                             # as released
+        layers = []
+        for size_in, size_out in zip(sizes, sizes[1:]):
+            # no bias: the batch norm behind the convolution has one
+            conv = nn.Conv2d(size_in, size_out, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            layers += [conv, nn.BatchNorm2d(o), nn.ReLU()]
-        self.net = nn.Sequential(*(layers if last_relu else layers[:-1]))
+            layers += [conv, nn.BatchNorm2d(size_out), nn.ReLU()]
+        if not last_relu:
+            layers.pop()
+
+        self.net = nn.Sequential(*layers)
         self.gain = gain
 
     def forward(self, positional_grid):
         return self.gain * self.net(positional_grid)
 
 
-class ConstantBias(nn.Module):
-    """A control in the place of PositionalBias (ours): one learnt number a class, the same at every position; it tells
-    what the positional net gains by knowing the place. (1, E, h, w) -> (1, channels, h, w)
-
-    gain: a number receives the gradients of all positions at once and would never settle; the factor calms it.
-    """
-    gain = 0.1
-
-    def __init__(self, channels):
-        super().__init__()
-        self.numbers = nn.Parameter(torch.zeros(channels))  # (C,)
-
-    def forward(self, positional_grid):
-        return self.gain * self.numbers[:, None, None].expand(1, -1, *positional_grid.shape[2:])
-
-
-# --- Sec. 3.4: rectification and its loss -------------------------------------------------------------------
-
-def segmentation_logits(features, text_features):
-    """The 1x1 convolution of Sec. 3.1, 3.2: Z (B, D, h, w), W (C, D) -> (B, C, h, w)"""
-    return torch.einsum("bdhw,cd->bchw", features, text_features)
-
+# --- Sec. 3.4: rectification and its loss ---------------------------------------------------------
 
 def bias_logits(reference_logits, positional_logits):
-    """Eq. (2): M_b = M_r + M_p*; M_p (1, 1 or C, h, w) is expanded over pictures and classes."""
+    """Eq. (2): M_b = M_r + M_p*.
+
+    M_r (B, C, h, w) depends on what a patch shows, M_p (1, 1 or C, h, w) on where it is. The
+    star is the expansion of M_p over images (and classes, if it has one channel), done by
+    broadcasting.
+    """
     return reference_logits + positional_logits
 
 
 def rectify_logits(query_logits, bias, subtract=True):
-    """Eq. (3): M = M_q - M_b; without subtract, Table 5's other choice: M_q + M_b"""
-    return query_logits - bias if subtract else query_logits + bias
+    """Eq. (3): M = M_q - M_b, all (B, C, h, w): what CLIP says, minus what it would say anyway.
+
+    subtract: False adds M_b instead (Table 5). The net could learn the other sign; the paper finds
+        the fixed minus to be a useful prior.
+    """
+    if subtract:
+        return query_logits - bias
+    return query_logits + bias
 
 
 def gumbel_softmax_masks(rectified_logits, tau_1=0.001):
-    """Eq. (4): hard masks with a gradient, (B, C, h, w) -> (B, C, h, w), one class a patch is 1, the rest 0.
+    """Eq. (4): M^ = Gumbel-Softmax(M, tau_1), (B, C, h, w) -> masks (B, C, h, w).
 
-    Forward: one-hot argmax of M / tau_1 + Gumbel noise, a sample of softmax(M / tau_1). Backward: the
-    gradient of that softmax (straight-through). The temperature divides the logits before the noise is
-    added, as released (logits x 1000); dividing noise and logits together would drown cosines in noise.
+    Each patch is 1 for one class and 0 for the rest. argmax would give the same masks, but no
+    gradient. Here the forward value is a sample of softmax(M / tau_1), namely the argmax of
+    M / tau_1 + Gumbel noise, and the gradient is that of the softmax (straight-through).
+
+    The temperature divides the logits before the noise is added, as released (logits x 1000).
+    Dividing noise and logits together, as in the usual formula, would drown cosines that differ by
+    hundredths in noise of spread 1: masks would be random.
     """
     return F.gumbel_softmax(rectified_logits / tau_1, tau=1.0, hard=True, dim=1)
 
 
 def image_level_labels(similarity, threshold, top_k):
-    """Sec. 3.4: classes whose similarity (B, C) is above the threshold; if there is none, the top_k best, as
-    released. -> (B, C) bool, at least one true a picture"""
-    labels = similarity > threshold
-    best = torch.zeros_like(labels).scatter_(1, similarity.topk(min(top_k, similarity.shape[1]), dim=1).indices, True)
+    """Sec. 3.4: similarity of whole images to texts (B, C) -> labels (B, C) bool, c_1 .. c_K.
+
+    A class is taken to be in the image if its similarity is above the threshold t; if none is, the
+    top_k best are (released). So each image has at least one. CLIP is good at this question: it was
+    trained on whole images. These labels are guesses of CLIP; no annotation is read.
+    """
+    labels = similarity > threshold                                     # (B, C)
+
+    top_k = min(top_k, similarity.shape[1])
+    best = torch.zeros_like(labels)
+    best.scatter_(1, similarity.topk(top_k, dim=1).indices, True)       # (B, C)
+
     return torch.where(labels.any(1, keepdim=True), labels, best)
 
 
-def label_histogram(labels, class_names):
-    """How many pictures each class was found in, as text: do the names fit? labels: {name: class indices}"""
-    counts = [sum(c in found for found in labels.values()) for c in range(len(class_names))]
-    return "\n".join([f"pictures that each class was found in, of {len(labels)}:", *(
-        f"  {name:<20}{n:6}  {'#' * math.ceil(40 * n / len(labels)) or 'never: try a synonym, name | synonym'}"
-        for name, n in zip(class_names, counts))])
-
-
 def masked_features(features, masks, pool="global"):
-    """Z_g of Sec. 3.4, pooled: Z (B, D, h, w), masks (B, C, h, w) -> (B, C, D).
+    """Z_g of Sec. 3.4 and its pooling: Z (B, D, h, w), masks (B, C, h, w) -> (B, C, D).
 
-    pool: "global" divides by all n patches (paper and released: "global average pooling"), so a small mask
-        gives a short vector and the loss also asks for area; "mask" divides by the mask's own area.
+    One vector per class: the mean of the patches that claim to be of that class.
+
+    pool: "global" (the paper's "global average pooling", and released) divides by all n patches, so
+        a small mask gives a short vector, and the loss rewards finding the whole object too. "mask"
+        divides by the mask's own area.
     """
-    total = torch.einsum("bchw,bdhw->bcd", masks, features)
+    total = torch.einsum("bchw,bdhw->bcd", masks, features)             # (B, C, D)
     if pool == "global":
         return total / masks[0, 0].numel()
-    return total / masks.sum((2, 3)).clamp(min=1)[:, :, None]
+
+    area = masks.sum((2, 3)).clamp(min=1)                               # (B, C)
+    return total / area[:, :, None]
 
 
 def contrastive_loss(pooled, W_q, labels, tau):
-    """Eq. (5): pooled masked features (B, C, D), W_q (C, D), image-level labels (B, C) bool -> scalar.
+    """Eq. (5): L = -1/K sum_k log( exp(S[c_k, c_k] / tau) / sum_j exp(S[c_k, j] / tau) ).
 
-    S[c_k, j] is the product of pooled feature c_k with the text of class j; the masked feature of each class
-    found in the picture must be told from all C texts. Mean over a picture's K classes, then over pictures.
+    pooled: masked features (B, C, D); W_q (C, D); labels (B, C) bool, which classes each image
+    holds. -> scalar, the mean over images.
+
+    This is how a bias is learnt without any label of a pixel. If the masks are right, the mean
+    under the cat mask looks like "cat" and like no other text, and the loss is low.
     """
-    S = torch.einsum("bcd,jd->bcj", pooled, W_q)                   # (B, C, C)
-    log_p = F.log_softmax(S / tau, dim=-1).diagonal(dim1=1, dim2=2)  # (B, C): log of the fraction, j = c_k
-    K = labels.sum(1).clamp(min=1)                                 # (B,)
+    # S[b, c, j]: how much the patches under mask c resemble text j. If dog patches slipped into the
+    # cat mask, S[cat, dog] is high; the gradient then lowers M[cat] at those patches. M_q is
+    # frozen, so only the bias can move: that is how it comes to know where "cat" is claimed too
+    # easily.
+    S = torch.einsum("bcd,jd->bcj", pooled, W_q)                        # (B, C, C)
+
+    # For each mask the log probability of its own text among all C texts: the diagonal j = c.
+    log_p = F.log_softmax(S / tau, dim=-1).diagonal(dim1=1, dim2=2)     # (B, C)
+
+    # Only masks of classes that the image holds count. The mask of an absent class holds whatever
+    # was left over, and there is nothing that it should look like.
+    K = labels.sum(1).clamp(min=1)                                      # (B,)
     return -((log_p * labels).sum(1) / K).mean()
 
 
-# --- All of it ----------------------------------------------------------------------------------------------
+# --- All of it as one module ----------------------------------------------------------------------
 
 class Logits(NamedTuple):
+    """What ReCLIP says of each patch, part by part."""
     query: torch.Tensor       # M_q (B, C, h, w), cosines
     reference: torch.Tensor   # M_r (B, C, h, w)
     positional: torch.Tensor  # M_p (1, 1 or C, h, w)
@@ -231,327 +329,532 @@ class Logits(NamedTuple):
     features: torch.Tensor    # Z   (B, D, h, w), each patch of length 1
 
 
-class ReCLIP(nn.Module):
-    """CLIP, frozen, with what is learnt about its biases. Pictures come in [0, 1], (B, 3, H, W).
+def _forget_cache(model, incompatible_keys=None):
+    """Hook behind load_state_dict: what was computed from the old weights is no longer true."""
+    model._cache.clear()
 
-    class_names: C strings. prompt_length: 0 for no Reference. positional_channels: None for C; 1 as the paper
-    prints; 0 for no positional net (Table 4's second row). tau: None for 1 / (CLIP's own logit scale), 0.01 for
-    OpenAI's. attention: how CLIP's last block is read (CLIP.encode_image_dense).
-    The other arguments stand with the functions above that use them. Ablations and a control:
-    query_learnable: Table 3, a learnt prompt behind M_q too. Both prompts start alike, M_q and M_r differ only in scale
-        then. Eq. (5) keeps CLIP's W_q (ours): a loss that could move its own targets would have a trivial minimum.
-    subtract: Table 5, False adds the bias. constant_bias: True puts ConstantBias in the place of the positional net.
+
+class ReCLIP(nn.Module):
+    """CLIP, frozen, with what is learnt about its biases: images (B, 3, H, W) in [0, 1] -> Logits.
+
+    clip: a CLIP of load_clip's. It is frozen in place (requires_grad off, eval mode) and kept, not
+        copied.
+    class_names: C strings, synonyms separated by "|": ["cat | kitten", "dog", "grass"].
+    prompts: templates of the Query, with {} for the name. W_q: (C, D), if it is known already; then
+        the prompts are not read.
+    prompt_length: L of Eq. (1); 0 for no Reference.
+    positional_channels: channels of M_p: None for C (released), 1 as the paper prints, 0 for no
+        positional net (Table 4's second row).
+    tau: temperature of Eq. (5); None for 1 / (CLIP's own logit scale), which is 0.01 for OpenAI's.
+    attention: how CLIP's last block is read, one of clip_model.ATTENTIONS.
+    query_learnable: Table 3: a learnt prompt behind M_q too. Both prompts start alike, so that M_q
+        and M_r differ only in scale at first. Eq. (5) still compares with CLIP's own W_q (ours): a
+        loss that could move its own targets would have a trivial minimum.
+    subtract: Table 5: False adds the bias.
+    reference_norm, positional_last_relu, positional_gain, tau_1, pool: see the functions above.
+
+    Errors: ValueError for a value outside of these choices, or class names that do not work.
     """
 
-    def __init__(self, clip, class_names, *, prompt_length=73, reference_norm="frobenius", query_learnable=False,
-                 positional_channels=None, positional_last_relu=True, positional_gain=1.0, constant_bias=False,
-                 subtract=True, attention="maskclip", tau_1=0.001, tau=None, pool="global", prompts=PROMPTS, W_q=None):
+    def __init__(
+        self,
+        clip,
+        class_names,
+        *,
+        prompt_length=73,
+        reference_norm="frobenius",
+        query_learnable=False,
+        positional_channels=None,
+        positional_last_relu=True,
+        positional_gain=1.0,
+        subtract=True,
+        attention="maskclip",
+        tau_1=0.001,
+        tau=None,
+        pool="global",
+        prompts=PROMPTS,
+        W_q=None,
+    ):
         super().__init__()
-        for name, value, choices in (("pool", pool, ("global", "mask")), ("attention", attention, ATTENTIONS)):
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-        names = [part.strip() for name in class_names for part in name.split("|")]
-        if isinstance(class_names, str) or len(class_names) < 2 or len(set(names)) < len(names) or "" in names:
-            raise ValueError(f"class names must be a list of two or more, all different, none empty: {class_names}")
-        if positional_channels not in (None, 0, 1, len(class_names)):
-            raise ValueError(f"positional_channels is {positional_channels}; it must be 0, 1 or the number of classes")
-        self.settings = dict(
-            prompt_length=prompt_length, reference_norm=reference_norm, query_learnable=query_learnable,
-            positional_channels=positional_channels, positional_last_relu=positional_last_relu,
-            positional_gain=positional_gain, constant_bias=constant_bias, subtract=subtract, attention=attention,
-            tau_1=tau_1, tau=tau, pool=pool)
-        self.clip, self.class_names = clip.requires_grad_(False).eval(), tuple(class_names)
-        self.attention, self.subtract = attention, subtract
-        self.tau_1, self.pool, self.cell = tau_1, pool, clip.visual.patch  # cell: side of a patch, pixels
-        self.scale = 100  # factor on cosines where probabilities are wanted (as released)
+        check_class_names(class_names)
+        C = len(class_names)
+        if pool not in ("global", "mask"):
+            raise ValueError(f"pool is {pool!r}; it must be 'global' or 'mask'")
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention is {attention!r}; it must be one of {', '.join(ATTENTIONS)}")
+        if positional_channels not in (None, 0, 1, C):
+            raise ValueError(f"positional_channels is {positional_channels}; it must be 0, 1 or the "
+                             f"number of classes, {C}")
+
+        # Kept in the checkpoint, so that load builds the same module again.
+        self.settings = {
+            "prompt_length": prompt_length,
+            "reference_norm": reference_norm,
+            "query_learnable": query_learnable,
+            "positional_channels": positional_channels,
+            "positional_last_relu": positional_last_relu,
+            "positional_gain": positional_gain,
+            "subtract": subtract,
+            "attention": attention,
+            "tau_1": tau_1,
+            "tau": tau,
+            "pool": pool,
+        }
+        self.clip = clip.requires_grad_(False).eval()
+        self.class_names = tuple(class_names)
+        self.subtract = subtract
+        self.attention = attention
+        self.pool = pool
+        self.tau_1 = tau_1
         self.tau = 1 / clip.logit_scale.exp().item() if tau is None else tau
-        self.register_buffer("W_q", query_text_features(clip, class_names, prompts) if W_q is None else W_q)  # (C, D)
-        self.query = ReferencePrompt(clip, class_names, prompt_length, "class") if query_learnable else None
-        self.reference = ReferencePrompt(clip, class_names, prompt_length, reference_norm) if prompt_length else None
-        channels = len(class_names) if positional_channels is None else positional_channels
-        width = clip.visual.class_embedding.numel()
+        self.scale = 100                          # as released
+        self.output_stride = clip.visual.patch    # pixels from one patch to the next
+
+        if W_q is None:
+            W_q = query_text_features(clip, class_names, prompts)
+        self.register_buffer("W_q", W_q)          # (C, D)
+
+        # The parts that learn. None where an ablation leaves one out.
+        self.query = None
+        self.reference = None
         self.positional = None
-        if constant_bias:
-            self.positional = ConstantBias(len(class_names))
-        elif channels:
+        if query_learnable:
+            self.query = ReferencePrompt(clip, class_names, prompt_length, "class")
+        if prompt_length:
+            self.reference = ReferencePrompt(clip, class_names, prompt_length, reference_norm)
+        channels = C if positional_channels is None else positional_channels
+        if channels:
+            width = clip.visual.class_embedding.numel()                 # E_v
             self.positional = PositionalBias(width, channels, positional_last_relu, positional_gain)
-        self._known = {}  # in eval mode texts and M_p do not change: computed once
-        self.register_load_state_dict_post_hook(lambda module, keys: module._known.clear())
+
+        # In eval mode W_r, and M_p of each grid size, are the same for every image: computed once.
+        # Whatever may change a weight (training, loading, a move to another device or type)
+        # clears it.
+        self._cache = {}
+        self.register_load_state_dict_post_hook(_forget_cache)
         self.to(clip.logit_scale.device)
 
     def train(self, mode=True):
-        self._known = {}
+        """As in every module; CLIP stays in eval mode."""
+        self._cache.clear()
         super().train(mode)
         self.clip.eval()
         return self
 
-    def _once(self, key, compute):
-        if self.training:
-            return compute()
-        if key not in self._known:
-            self._known[key] = compute().detach()
-        return self._known[key]
+    def _apply(self, *args, **kwargs):
+        """Every .to(), .double(), .cuda() passes through here."""
+        self._cache.clear()
+        return super()._apply(*args, **kwargs)
+
+    # -- from an image to its logits ---------------------------------------------------------------
 
     @torch.no_grad()
-    def features(self, pictures):
-        """Z: (B, 3, H, W) in [0, 1] -> (B, D, h, w), each patch of length 1. No gradient: CLIP is frozen."""
-        return F.normalize(self.clip.encode_image_dense(normalise(pictures), self.attention), dim=1)
+    def features(self, images):
+        """Z (Sec. 3.1): images (B, 3, H, W) in [0, 1] -> (B, D, h, w), each patch of length 1.
+
+        No gradient: CLIP is frozen. Length 1, so that products with W_q are cosines.
+        """
+        Z = self.clip.encode_image_dense(normalize_pixels(images), self.attention)
+        return F.normalize(Z, dim=1)                                    # (B, D, h, w)
+
+    def query_head(self):
+        """Weights that give M_q: W_q, or with query_learnable what was learnt in its place, (C, D)."""
+        if self.query is None:
+            return self.W_q
+        if self.training:
+            return self.query(self.clip)
+        if "query" not in self._cache:
+            self._cache["query"] = self.query(self.clip).detach()
+        return self._cache["query"]
+
+    def reference_head(self):
+        """Weights that give M_r: W_r, (C, D); zeros without a Reference."""
+        if self.reference is None:
+            return torch.zeros_like(self.W_q)
+        if self.training:
+            return self.reference(self.clip)
+        if "reference" not in self._cache:
+            self._cache["reference"] = self.reference(self.clip).detach()
+        return self._cache["reference"]
 
     def heads(self):
-        """The weights of the two segmentation heads, W_q or what was learnt in its place, and W_r: (C, D) each."""
-        query = self._once("query", lambda: self.query(self.clip)) if self.query else self.W_q
-        if not self.reference:
-            return query, torch.zeros_like(query)
-        return query, self._once("reference", lambda: self.reference(self.clip))
+        """The weights of the two segmentation heads, which the student inherits: W_q, W_r (C, D)."""
+        return self.query_head(), self.reference_head()
+
+    def positional_logits(self, h, w):
+        """M_p on a grid of h x w patches, (1, 1 or C, h, w); zeros without a positional net."""
+        if self.positional is None:
+            return self.W_q.new_zeros(1, 1, h, w)
+        if self.training:
+            return self.positional(self.clip.visual.positional_grid(h, w))
+        if (h, w) not in self._cache:
+            M_p = self.positional(self.clip.visual.positional_grid(h, w))
+            self._cache[h, w] = M_p.detach()
+        return self._cache[h, w]
 
     def rectify(self, Z):
-        """Eq. (1)-(3) on features Z (B, D, h, w), all parts by name."""
-        query, reference = (segmentation_logits(Z, W) for W in self.heads())
-        h, w = Z.shape[2:]
-        positional = Z.new_zeros(1, 1, h, w)
-        if self.positional:
-            positional = self._once((h, w), lambda: self.positional(self.clip.visual.positional_grid(h, w)))
-        rectified = rectify_logits(query, bias_logits(reference, positional), self.subtract)
-        return Logits(query, reference, positional, rectified, Z)
+        """Eq. (1)-(3) on features Z (B, D, h, w): all logits, by name."""
+        W_q, W_r = self.heads()                                         # (C, D) each
+        M_q = segmentation_logits(Z, W_q)                               # (B, C, h, w)
+        M_r = segmentation_logits(Z, W_r)                               # (B, C, h, w)
+        M_p = self.positional_logits(*Z.shape[2:])                      # (1, 1 or C, h, w)
+        M_b = bias_logits(M_r, M_p)                                     # (B, C, h, w)
+        M = rectify_logits(M_q, M_b, self.subtract)                     # (B, C, h, w)
+        return Logits(M_q, M_r, M_p, M, Z)
 
-    def forward(self, pictures):
-        return self.rectify(self.features(pictures))
+    def forward(self, images):
+        return self.rectify(self.features(images))
 
     def to_pixels(self, grid, height, width):
-        """(B, C, h, w) on patches -> (B, C, height, width) on pixels"""
+        """(B, C, h, w) on patches -> (B, C, height, width) on pixels, bilinear."""
         return self.clip.to_pixels(grid, height, width)
+
+    # -- which classes does an image hold? ---------------------------------------------------------
 
     @torch.no_grad()
     def image_similarity(self, thumbnails):
-        """100 cos between whole pictures and W_q: (B, 3, R, R) in [0, 1] at CLIP's own resolution -> (B, C).
-        The factor is as released, whatever this CLIP's logit scale, so that thresholds read like 23."""
-        return 100 * F.normalize(self.clip.encode_image(normalise(thumbnails)), dim=-1) @ self.W_q.T
+        """100 cos between whole images and W_q: (B, 3, R, R) in [0, 1] -> (B, C).
+
+        R is CLIP's own resolution (224): the class token was trained on such images alone. The
+        factor 100 is as released, whatever this CLIP's logit scale, so that thresholds read
+        like 23.
+        """
+        image_features = self.clip.encode_image(normalize_pixels(thumbnails))    # (B, D)
+        return 100 * F.normalize(image_features, dim=-1) @ self.W_q.T
 
     def image_labels(self, thumbnails, threshold, top_k):
-        """Pseudo-labels of Sec. 3.4 -> (B, C) bool."""
+        """Pseudo-labels of Sec. 3.4: (B, 3, R, R) in [0, 1] -> (B, C) bool."""
         return image_level_labels(self.image_similarity(thumbnails), threshold, top_k)
 
-    def label_pictures(self, batches, threshold, top_k, progress):
-        """Pseudo-labels of many pictures: batches of (thumbnails, names) -> {name: list of class indices}"""
-        labels = {}
-        for thumbnails, names in batches:
-            found = self.image_labels(thumbnails.to(self.W_q.device), threshold, top_k)
-            labels |= {name: row.nonzero()[:, 0].tolist() for name, row in zip(names, found.cpu())}
-            progress(len(labels))
-        return labels
+    # -- what was learnt, alone --------------------------------------------------------------------
 
-    def loss(self, Z, labels):
-        """Eq. (1)-(5): features Z (B, D, h, w), image-level labels (B, C) bool -> scalar."""
-        logits = self.rectify(Z)
-        masks = gumbel_softmax_masks(logits.rectified, self.tau_1)
-        return contrastive_loss(masked_features(logits.features, masks, self.pool), self.W_q, labels, self.tau)
-
-    # -- what was learnt, alone -------------------------------------------------------------------------
+    def bias_modules(self):
+        """{name: module} of the parts that learn: "reference", "positional", and "query" in Table 3."""
+        parts = {"query": self.query, "reference": self.reference, "positional": self.positional}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def learnt(self):
-        """The prompts' vectors, the positional net and W_q (kept so that loading needs no 85 x C texts)."""
-        return {key: value for key, value in self.state_dict().items() if not key.startswith("clip.")}
+        """{key: tensor}: the prompts, the positional net, and W_q.
+
+        W_q is not learnt, but kept, so that loading needs no 85 x C texts.
+        """
+        state = self.state_dict()
+        return {key: value for key, value in state.items() if not key.startswith("clip.")}
 
     def fingerprint(self):
-        """sha256 of what was learnt; the file's own would change with every writing of the same numbers."""
+        """sha256 of what was learnt. (A file's own changes with every writing of the same numbers.)"""
         digest = hashlib.sha256()
         for key, value in sorted(self.learnt().items()):
             digest.update(key.encode() + value.cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, path):
-        """What was learnt, with class names, settings and CLIP's identity, in one file, written atomically."""
-        content = {"learnt": self.learnt(), "class_names": list(self.class_names), "settings": self.settings,
-                   "clip": {"source": self.clip.source, "sha256": self.clip.sha256,
-                            "quick_gelu": self.clip.quick_gelu}}
+        """What was learnt, class names, settings and CLIP's identity, in one file.
+
+        CLIP's own weights are not in it: 19 MB for VOC instead of 600. OSError if it cannot be
+        written; the old file then stays as it was.
+        """
+        content = {
+            "learnt": self.learnt(),
+            "class_names": list(self.class_names),
+            "settings": self.settings,
+            "clip": {
+                "source": self.clip.source,
+                "sha256": self.clip.sha256,
+                "quick_gelu": self.clip.quick_gelu,
+            },
+        }
         with written_atomically(path) as temporary:
             torch.save(content, temporary)
 
     @classmethod
     def load(cls, path, clip=None, device="cpu"):
-        """A working segmenter from save's file, in eval mode. clip: None to load the one it was learnt on,
-        from where it was found then; or that same CLIP, already loaded."""
+        """A working segmenter from save's file, in eval mode. No code from the file is executed.
+
+        clip: None to load the CLIP that it was learnt on, from where it was found then; or that
+        same
+            CLIP, already loaded.
+        Errors: FileNotFoundError; ValueError for a file that is none of save's, or of another CLIP.
+        """
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            learnt, names = content["learnt"], content["class_names"]
-            source, sha256 = content["clip"]["source"], content["clip"]["sha256"]
+            learnt = content["learnt"]
+            class_names = content["class_names"]
+            settings = dict(content["settings"])
+            W_q = learnt["W_q"]
+            source = content["clip"]["source"]
+            sha256 = content["clip"]["sha256"]
+            quick_gelu = content["clip"].get("quick_gelu", True)
         except FileNotFoundError:
-            raise FileNotFoundError(f"no rectification at {path}: run python train.py --stage rectify first") from None
-        except Exception as error:
+            raise FileNotFoundError(f"there is no rectification at {path}: learn one first, with "
+                                    "python train.py --stage rectify") from None
+        except Exception as error:  # whatever a broken or hostile file provokes
             reason = str(error).split("\n")[0][:200]
-            raise ValueError(f"{path} is not a rectification checkpoint, or is truncated: {reason}") from error
-        clip = clip or load_clip(source, device, content["clip"].get("quick_gelu", True))
+            raise ValueError(f"{path} is not a rectification checkpoint, or is truncated: "
+                             f"{reason}") from error
+
+        # Files of earlier versions name a control that now stands in tests/paper.py.
+        if settings.pop("constant_bias", False):
+            raise ValueError(f"{path} holds the control with one number per class, which is no ReCLIP; "
+                             "tests/paper.py trains and measures it")
+
+        if clip is None:
+            clip = load_clip(source, device, quick_gelu)
         if clip.sha256 != sha256:
-            raise ValueError(f"{path} was learnt on another CLIP than {clip.source} (sha256 differs); give the "
-                             f"right one with --clip")
+            raise ValueError(f"{path} was learnt on another CLIP than {clip.source} (their sha256 "
+                             f"differ); load the one it was learnt on, {source}")
+
         try:
-            model = cls(clip, names, W_q=learnt["W_q"], **content["settings"])
-            model.load_state_dict(learnt | {f"clip.{k}": v for k, v in clip.state_dict().items()}, strict=True)
+            model = cls(clip, class_names, W_q=W_q, **settings)
+            own_clip = {f"clip.{key}": value for key, value in clip.state_dict().items()}
+            model.load_state_dict(learnt | own_clip, strict=True)
         except Exception as error:
-            raise ValueError(f"{path} does not fit this version: {' '.join(str(error).split())[:200]}") from error
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} does not fit this version: {reason}") from error
         return model.to(device).eval()
 
 
-# --- From logits to masks ----------------------------------------------------------------------------------
+def check_class_names(class_names):
+    """ValueError unless class_names is a list of two or more, no name empty, none there twice."""
+    names = []
+    if not isinstance(class_names, str):
+        for entry in class_names:
+            names += [name.strip() for name in entry.split("|")]
+    repeated = len(set(names)) < len(names)
+    if isinstance(class_names, str) or len(class_names) < 2 or repeated or "" in names:
+        raise ValueError("class names must be a list of two or more, all different, none empty: "
+                         f"{class_names}")
+
+
+# --- From logits to masks -------------------------------------------------------------------------
 
 def strong_classes(logits, threshold, scale=100.0):
-    """Indices of the classes whose best probability softmax(scale * M) in the picture reaches the threshold, of all
-    classes if none does: (1, C, h, w) -> (kept,). Not in the paper; the released evaluation does it."""
-    best = (scale * logits).softmax(1).amax((0, 2, 3))  # (C,)
+    """Prompt denoising: which classes does the whole image speak for? (1, C, h, w) -> (C,) bool.
+
+    A class whose best probability softmax(scale * M) anywhere in the image stays below the
+    threshold
+    is dropped: an object that is there has a patch that is sure of it. If no class passes, all
+    stay. (The released code then drops all, so that class 0 wins everywhere.) Not in the paper;
+    the released evaluation does it.
+    """
+    best = (scale * logits).softmax(1).amax((0, 2, 3))                  # (C,)
     kept = best >= threshold
-    return (kept | ~kept.any()).nonzero()[:, 0]
+    return kept | ~kept.any()
 
 
-def segment(logits, cell, size, label_size, denoise=0.0, background=0.0, scale=100.0):
-    """Logits on cells -> class index of each pixel of the label: (1, C, h, w) -> (H0, W0) uint8.
+def centers_on_grid(pixels, side, cells, output_stride, device):
+    """Where the centers of `pixels` pixels lie on a grid of `cells` cells: (pixels,), for grid_sample.
 
-    cell: side of a cell of the grid in pixels of the picture that the network saw, whose size is (H, W): h cells may
-        reach over its edge. The grid is read bilinearly at the centre of each of the label's pixels. (The released
-        code stretches the padded grid onto the unpadded picture, which shifts masks by up to 15 pixels.)
-    background: pixels whose best probability, softmax(scale * M), stays below it become IGNORE; 0: none.
+    The pixels span `side` pixels of the image that the network saw, the cells span
+    cells * output_stride of them. grid_sample counts from -1 (left edge of the grid) to 1 (right
+    edge). What lies beyond the center of an outermost cell takes that cell's value.
     """
-    kept = strong_classes(logits, denoise, scale)
-    # place of each pixel in the grid, -1 .. 1, held between the centres of the outermost cells
-    y, x = (((torch.arange(pixels, device=logits.device) + 0.5) * (2 * side / pixels / (cells * cell)) - 1)
-            .clamp(1 / cells - 1, 1 - 1 / cells) for pixels, side, cells in zip(label_size, size, logits.shape[2:]))
+    centers = torch.arange(pixels, device=device) + 0.5
+    places = centers * (2 * side / pixels / (cells * output_stride)) - 1
+    return places.clamp(1 / cells - 1, 1 - 1 / cells)
+
+
+def segment(logits, output_stride, image_size, label_size, denoise=0.0, background=0.0, scale=100.0):
+    """The mask of one image: logits on patches (1, C, h, w) -> class of each pixel (H0, W0), uint8.
+
+    output_stride: pixels of the seen image from one cell of the grid to the next.
+    image_size: (H, W) of the image that the network saw. The cells may reach over its edge,
+    where it
+        was padded.
+    label_size: (H0, W0) of the mask that is wanted. The grid is read bilinearly at the center
+    of each
+        of its pixels. (The released code stretches the padded grid onto the unpadded image, which
+        shifts masks by up to 15 pixels.)
+    denoise: threshold of strong_classes; 0 keeps every class.
+    background: pixels whose best probability softmax(scale * M) stays below it become IGNORE;
+    0: none.
+    """
+    if len(logits) != 1:
+        raise ValueError(f"segment takes the logits of one image, (1, C, h, w), not {len(logits)}: "
+                         "images of a batch may want masks of different sizes; call it for each")
+    kept = strong_classes(logits, denoise, scale)                       # (C,) bool
+    C, h, w = logits.shape[1:]
+    y = centers_on_grid(label_size[0], image_size[0], h, output_stride, logits.device)    # (H0,)
+    x = centers_on_grid(label_size[1], image_size[1], w, output_stride, logits.device)    # (W0,)
+
+    # C numbers per pixel of a large image would not fit into memory: some rows at a time.
+    rows_at_once = max(1, 2 ** 24 // (C * len(x)))
     strips = []
-    for rows in y.split(max(1, 2 ** 24 // (logits.shape[1] * len(x)))):  # a large picture would not fit into memory
-        places = torch.stack(torch.meshgrid(x, rows, indexing="xy"), -1)                   # (1, rows, W0, 2) below
-        pixels = F.grid_sample(logits, places[None], align_corners=False)[0]               # (C, rows, W0)
-        strip = kept[pixels[kept].argmax(0)]                                               # (rows, W0)
+    for y_strip in y.split(rows_at_once):
+        places = torch.stack(torch.meshgrid(x, y_strip, indexing="xy"), -1)          # (rows, W0, 2)
+        pixels = F.grid_sample(logits, places[None], align_corners=False)[0]         # (C, rows, W0)
+        allowed = pixels.masked_fill(~kept[:, None, None], -torch.inf)               # (C, rows, W0)
+        strip = allowed.argmax(0)                                                     # (rows, W0)
+
         if background:
-            strip[(scale * pixels).softmax(0)[kept].amax(0) < background] = IGNORE
+            # Dropped classes still take their share of the probability.
+            probability = (scale * pixels).softmax(0)                                # (C, rows, W0)
+            probability = probability.masked_fill(~kept[:, None, None], 0)
+            strip[probability.amax(0) < background] = IGNORE
         strips.append(strip.byte())
-    return torch.cat(strips)
+    return torch.cat(strips)                                                          # (H0, W0)
 
 
-def slide(logits_of, picture, cell, window, stride):
-    """Logits of a picture (1, 3, H, W) from overlapping windows of `window` pixels, `stride` apart: each sees its part
-    alone, the logits that cover a cell are averaged -> (1, C, h, w), the grid that the whole picture would give.
-    Windows start at whole cells, so that all share one grid: memory does not grow with the picture's pixels."""
-    h, w = (-(-side // cell) for side in picture.shape[2:])
-    n, step = window // cell, stride // cell
-    top, left = ([min(i, max(cells - n, 0)) for i in range(0, max(cells - n, 0) + step, step)] for cells in (h, w))
-    total, count = None, picture.new_zeros(h, w)
-    for i, j in ((i, j) for i in top for j in left):
-        part = logits_of(picture[..., i * cell:(i + n) * cell, j * cell:(j + n) * cell])   # (1, C, n or less, same)
-        total = part.new_zeros(1, part.shape[1], h, w) if total is None else total
-        total[..., i:i + n, j:j + n] += part
-        count[i:i + n, j:j + n] += 1
-    return total / count                                                                   # (1, C, h, w)
+# --- Sec. 3.5: the losses of distillation ---------------------------------------------------------
+
+# The student has .features, .rectify and .to_pixels, as ReCLIP has; deeplab.py holds the paper's.
+#
+# Eq. (6) and (7) speak of maps at the image's size. At 512 x 512 the features alone are 512 x
+# 262,144 numbers per image, twice. So both losses go through them in groups: a group is
+# enlarged, reduced to a number, forgotten, and enlarged once more in backward
+# (torch.utils.checkpoint). The sum is the same.
+
+def recomputed(function, *inputs):
+    """function(*inputs), of which nothing is kept for backward but the inputs."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-# --- Sec. 3.5: distillation --------------------------------------------------------------------------------
-
-# The student is any module with .features, .rectify and .to_pixels (deeplab.py).
-
-
-def sum_in_pieces(function, *tensors):
-    """Sum of function(*piece) over pieces of the tensors (iterables of equal length), exactly, one piece in memory.
-
-    Eq. 6 and 7 speak of maps at the picture's size: at 512 x 512 the features alone are 512 x 262,144 numbers a
-    picture, twice. Their loss is a sum over pictures or channels, so each piece is enlarged, reduced
-    to a number and forgotten; backward enlarges it once more instead of keeping it.
-    """
-    pieces = list(zip(*tensors))
-    if len(pieces) == 1:  # small enough to be kept
-        return function(*pieces[0])
-    return sum(checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces)
+def summed_cross_entropy(student_logits, pseudo_labels, tau, to_pixels):
+    """Eq. (6) before the mean: (images, C, h, w) and (images, H, W) -> scalar, summed over pixels."""
+    pixels = to_pixels(student_logits / tau, *pseudo_labels.shape[1:])  # (images, C, H, W)
+    return F.cross_entropy(pixels, pseudo_labels, reduction="sum")
 
 
 def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, piece=2 ** 25):
-    """Eq. (6): cross-entropy at the picture's size, mean over all pixels. Student's M^D on its grid (B, C, h, w),
-    the teacher's masks (B, H, W) int64 -> scalar; to_pixels is the student's.
+    """Eq. (6): L_mask = -1/(HW) sum_ij log P_ij(M~_ij), P = softmax of the student's M^D.
 
-    tau: the logits are cosines; as in Eq. (5) a temperature makes probabilities of them (Eq. 6 prints none).
-    piece: elements of the enlarged logits in memory at once; the pictures go through in groups of that size.
+    The teacher's mask M~ is taken for the truth. Its errors at single pixels are not the same from
+    image to image, and a network that sees many of them learns what they share: so the student's
+    masks become smoother and better than those that it was taught.
+
+    student_logits: M^D on the student's grid (B, C, h, w). pseudo_labels: M~ (B, H, W) int64.
+    to_pixels: the student's. tau: the logits are cosines; as in Eq. (5) a temperature makes
+        probabilities of them. (Eq. (6) prints none.)
+    piece: numbers of the enlarged logits in memory at once; images go through in groups of that
+    size. -> scalar, the mean over all pixels of all images
     """
-    def one(logits, labels):  # (pictures, C, h, w), (pictures, H, W)
-        return F.cross_entropy(to_pixels(logits / tau, *labels.shape[1:]), labels, reduction="sum")
+    B, C = student_logits.shape[:2]
+    images_at_once = max(1, piece // (C * pseudo_labels[0].numel()))
+    if images_at_once >= B:
+        total = summed_cross_entropy(student_logits, pseudo_labels, tau, to_pixels)
+        return total / pseudo_labels.numel()
 
-    together = max(1, piece // (student_logits.shape[1] * pseudo_labels[0].numel()))
-    return sum_in_pieces(one, student_logits.split(together), pseudo_labels.split(together)) / pseudo_labels.numel()
+    groups = zip(student_logits.split(images_at_once), pseudo_labels.split(images_at_once))
+    total = 0
+    for logits, labels in groups:
+        total = total + recomputed(summed_cross_entropy, logits, labels, tau, to_pixels)
+    return total / pseudo_labels.numel()
+
+
+def summed_l1(Z, Z_student, size, to_pixels, student_to_pixels):
+    """Eq. (7) before the mean: (B, channels, h, w), (B, channels, h', w') -> scalar, summed over all.
+
+    An L1 norm is a sum over channels, so groups of channels may be added. Of a cosine, an L2
+    norm or
+    anything else that couples channels this is not true: such a loss needs all D at once.
+    """
+    # channels last: the same numbers, but a CPU enlarges them more than twice as fast
+    Z = Z.contiguous(memory_format=torch.channels_last)
+    Z_student = Z_student.contiguous(memory_format=torch.channels_last)
+    return (to_pixels(Z, *size) - student_to_pixels(Z_student, *size)).abs().sum()
 
 
 def feature_guided_loss(Z, Z_student, size, to_pixels, student_to_pixels, piece=2 ** 25):
-    """Eq. (7): L1 between Z (B, D, h, w) of the teacher and Z^ (B, D, h', w') of the student, both enlarged to the
-    picture's size (H, W) by their own to_pixels. Norm over the D features of a pixel, mean over pixels (ours): the
-    paper does not say, but the mean over D too would make this term D times weaker, next to nothing beside Eq. 6.
+    """Eq. (7): L_feat = || Z - Z^ ||_1, both enlarged to the image's size (H, W).
 
-    piece: elements of one enlarged map in memory at once; the channels go through in groups of that size.
+    The student's head is made of CLIP's texts, which only mean something to features of CLIP's
+    space: this loss brings the student's features there.
+
+    Z: the teacher's features (B, D, h, w); Z_student: Z^ (B, D, h', w'); each with its own
+    to_pixels. The norm is summed over the D features of a pixel, the mean is over pixels
+    (ours): the paper does
+        not say, but a mean over D too would make this term D times weaker, next to nothing beside
+        Eq. (6).
+    piece: numbers of one enlarged map in memory at once; channels go through in groups of that
+    size,
+        which is right for L1 alone (see summed_l1).
     """
-    def one(z, z_student):  # (B, channels, h, w), (B, channels, h', w')
-        # channels last: the same numbers, but a CPU enlarges them more than twice as fast
-        z, z_student = (x.contiguous(memory_format=torch.channels_last) for x in (z, z_student))
-        return (to_pixels(z, *size) - student_to_pixels(z_student, *size)).abs().sum()
+    H, W = size
+    B, D = Z.shape[:2]
+    channels_at_once = max(1, piece // (B * H * W))
+    if channels_at_once >= D:
+        total = summed_l1(Z, Z_student, size, to_pixels, student_to_pixels)
+        return total / (B * H * W)
 
-    B, (H, W) = len(Z), size
-    channels = max(1, piece // (B * H * W))
-    return sum_in_pieces(one, Z.split(channels, 1), Z_student.split(channels, 1)) / (B * H * W)
+    groups = zip(Z.split(channels_at_once, dim=1), Z_student.split(channels_at_once, dim=1))
+    total = 0
+    for z, z_student in groups:
+        total = total + recomputed(summed_l1, z, z_student, size, to_pixels, student_to_pixels)
+    return total / (B * H * W)
 
 
 def text_guided_loss(student_logits, Z_student, W_q, labels, tau_1, tau, pool="global"):
-    """Sec. 3.5: Eq. (4, 5) with the student's features (B, D, h, w) and the masks of its own logits (B, C, h, w);
-    labels (B, C) bool -> scalar. (Released: the teacher's masks, and no gradient to the student.)"""
-    with torch.autocast(Z_student.device.type, enabled=False):  # bf16 is too coarse for S / tau
-        masks = gumbel_softmax_masks(student_logits, tau_1)
-        return contrastive_loss(masked_features(Z_student, masks, pool), W_q, labels, tau)
+    """L_text of Sec. 3.5: Eq. (4)-(5) once more, with the student's own features and masks.
 
+    Eq. (6) and (7) hand down what the teacher knows, errors included; this one asks, as in
+    rectification, whether what the student calls a cat looks like "cat".
 
-def distillation_loss(teacher, student, pictures, labels, *, mask_tau=None, alpha=0.5, beta=0.5):
-    """Eq. (8): L_mask + alpha L_feat + beta L_text. teacher: a ReCLIP in eval mode; student: a DeepLabV2; the same
-    pictures (B, 3, H, W) in [0, 1] for both, each normalises them its own way; image-level labels (B, C) bool.
-
-    alpha, beta: 0 leaves a term out (Table 7). mask_tau: temperature of Eq. (6), None for that of Eq. (5).
+    student_logits: M^D (B, C, h, w). Z_student: Z^ (B, D, h, w). labels: (B, C) bool. -> scalar
+    (Released: the teacher's masks, and no gradient to the student.)
     """
-    if teacher.training:
-        raise ValueError("the teacher must be in eval mode: its batch norms would learn from the student's pictures")
-    size = pictures.shape[2:]
-    with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
-        guide = teacher(pictures)
-        pseudo_labels = teacher.to_pixels(guide.rectified, *size).argmax(1)  # (B, H, W): all pixels, no truth
-    own = student(pictures)
-    loss = mask_guided_loss(own.rectified, pseudo_labels, mask_tau or teacher.tau, student.to_pixels)
-    if alpha:
-        loss = loss + alpha * feature_guided_loss(guide.features, own.features, size, teacher.to_pixels,
-                                                  student.to_pixels)
-    if beta:
-        loss = loss + beta * text_guided_loss(own.rectified, own.features, teacher.W_q, labels, teacher.tau_1,
-                                              teacher.tau, teacher.pool)
-    return loss
+    # In bf16 S would be rounded to steps of .001, and S / tau to steps of .1.
+    with torch.autocast(Z_student.device.type, enabled=False):
+        masks = gumbel_softmax_masks(student_logits, tau_1)             # (B, C, h, w)
+        pooled = masked_features(Z_student, masks, pool)                # (B, C, D)
+        return contrastive_loss(pooled, W_q, labels, tau)
 
 
-# --- A guided tour ------------------------------------------------------------------------------------------
+def distillation_loss(mask_loss, feature_loss, text_loss, alpha=0.5, beta=0.5):
+    """Eq. (8): L_distill = L_mask + alpha L_feat + beta L_text; alpha = beta = 0.5 (Sec. 3.5)."""
+    return mask_loss + alpha * feature_loss + beta * text_loss
+
+
+# --- A guided tour --------------------------------------------------------------------------------
 
 def tour():
-    """One picture of shapes through Eq. (1)-(5), before anything is learnt."""
-    from datasets import DATA, open_split  # for the tour alone; the module does not need it
+    """A crop of one image of shapes through Eq. (1)-(5), before anything is learnt."""
+    from datasets import DATA, SETTINGS, open_split  # for the tour alone; the module needs neither
     torch.manual_seed(0)
-    facts, split = DATA["shapes"], open_split("shapes", None, "train")
-    model = ReCLIP(load_clip(facts.clip), facts.classes, prompts=facts.prompts, positional_gain=0.05,
-                   tau_1=0.033, tau=0.033).train()  # as train.py sets them for shapes
-    picture = split.picture(0)[None].float() / 255
-    print(f"The picture holds {', '.join(facts.classes[c] for c in split.label(0).unique() if c < 255)}.")
-    show("picture", picture, "I          (B, 3, H, W)")
-    logits = model(picture)
-    similarity = model.image_similarity(picture)
-    labels = image_level_labels(similarity, threshold=50, top_k=1)
+    facts = DATA["shapes"]
+    settings = SETTINGS["shapes"]
+    split = open_split("shapes", None, "train")
+    model = ReCLIP(
+        load_clip(facts.clip),
+        facts.classes,
+        prompts=facts.prompts,
+        positional_gain=settings.positional_gain,
+        tau_1=settings.tau_1,
+        tau=settings.tau,
+    ).train()
+
+    # 64 x 48 pixels, so that no two numbers below are equal by chance: h = 8, w = 6, C = 8, D = 128
+    whole = split.image(0)[None].float() / 255
+    image = whole[..., 8:56]
+    in_truth = [facts.classes[c] for c in split.truth(0).unique() if c != IGNORE]
+    print(f"The image holds {', '.join(in_truth)}.")
+
+    logits = model(image)
+    M_b = bias_logits(logits.reference, logits.positional)
     masks = gumbel_softmax_masks(logits.rectified, model.tau_1)
+    similarity = model.image_similarity(whole)
+    labels = image_level_labels(similarity, threshold=50, top_k=1)
+    guessed = [name for name, found in zip(facts.classes, labels[0]) if found]
     pooled = masked_features(logits.features, masks)
+    S = torch.einsum("bcd,jd->bcj", pooled, model.W_q)
+    loss = contrastive_loss(pooled, model.W_q, labels, model.tau)
+    mask = segment(logits.rectified, model.output_stride, image.shape[2:], image.shape[2:])
+
+    show("image", image, "I          (B, 3, H, W)")
     show("features", logits.features, "Z          (B, D, h, w)  Sec. 3.1, each patch of length 1")
     show("W_q", model.W_q, "W_q        (C, D)        Sec. 3.1, mean over prompts")
-    show("reference(clip)", model.reference(model.clip), "W_r        (C, D)        Eq. 1 through the text encoder")
+    show("reference(clip)", model.reference(model.clip), "W_r        (C, D)        Eq. (1)")
     show("query_logits", logits.query, "M_q        (B, C, h, w)  Sec. 3.1, cosines")
     show("reference_logits", logits.reference, "M_r        (B, C, h, w)  Sec. 3.2")
     show("positional_logits", logits.positional, "M_p        (1, C, h, w)  Sec. 3.3")
-    show("bias_logits", bias_logits(logits.reference, logits.positional), "M_b        (B, C, h, w)  Eq. 2")
-    show("rectified_logits", logits.rectified, "M          (B, C, h, w)  Eq. 3")
-    show("masks", masks, "M^         (B, C, h, w)  Eq. 4, one class a patch")
-    show("image_similarity", similarity, "100 cos    (B, C)        Sec. 3.4")
-    show("image_level_labels", labels.float(), "c_1..c_K   (B, C)        Sec. 3.4: " + ", ".join(
-        name for name, found in zip(facts.classes, labels[0]) if found))
+    show("bias_logits", M_b, "M_b        (B, C, h, w)  Eq. (2)")
+    show("rectified_logits", logits.rectified, "M          (B, C, h, w)  Eq. (3)")
+    show("masks", masks, "M^         (B, C, h, w)  Eq. (4), one class per patch")
+    show("image_similarity", similarity, "100 cos    (B, C)        Sec. 3.4, of the whole image")
+    show("image_level_labels", labels.float(), f"c_1..c_K   (B, C)        Sec. 3.4: {', '.join(guessed)}")
     show("masked_features", pooled, "Z_g pooled (B, C, D)     Sec. 3.4, global average")
-    show("contrastive_loss", contrastive_loss(pooled, model.W_q, labels, model.tau), "L          ()            Eq. 5")
+    show("S", S, "S          (B, C, C)     Sec. 3.4, mask c against text j")
+    show("contrastive_loss", loss, "L          ()            Eq. (5)")
+    show("segment", mask, "mask       (H, W)        argmax of M at each pixel")
 
 
 if __name__ == "__main__":

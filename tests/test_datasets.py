@@ -1,5 +1,7 @@
-"""datasets.py: layouts, labels and their preparation, odd pictures, the training stream, the miniature world."""
+"""datasets.py: facts, settings, layouts, odd images, the training stream, the miniature world,
+preparation."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -17,11 +19,36 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
 
 import datasets
 import pretrain
-from datasets import (IGNORE, Augment, Evaluation, Folder, Thumbnails, TrainingStream, decode_rle, open_split,
-                      own_facts, prepare, read_classes, resize_short_side, verify, voc_palette)
+from datasets import (
+    IGNORE,
+    SETTINGS,
+    Augment,
+    Evaluation,
+    Files,
+    Folder,
+    Progress,
+    Settings,
+    Thumbnails,
+    TrainingStream,
+    decode_rle,
+    open_split,
+    own_facts,
+    prepare,
+    read_classes,
+    resize_short_side,
+    verify,
+    voc_palette,
+)
+
+SPELLING = {  # of Context's JSON
+    "airplane": "aeroplane",
+    "potted plant": "pottedplant",
+    "tv monitor": "tvmonitor",
+}
 
 
 @pytest.fixture
@@ -29,27 +56,254 @@ def voc_root(make_voc):
     return make_voc({"train": 5, "val": 3})
 
 
-def test_palette_matches_the_published_colours():
-    """Colours as printed in VOC's development kit; they are not computed here."""
-    palette = voc_palette()
-    published = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 4: (0, 0, 128), 8: (64, 0, 0),
-                 15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
-    assert {i: palette[i] for i in published} == published
-    assert datasets.DATA["voc"].palette[14] == (192, 128, 128) and len(datasets.DATA["voc"].palette) == 20
+def random_image(height, width):
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
 
+
+# --- Facts ----------------------------------------------------------------------------------------
+
+def test_palette_matches_the_published_colors():
+    """Colors as printed in VOC's development kit; they are not computed here."""
+    palette = voc_palette()
+    published = {
+        0: (0, 0, 0),
+        1: (128, 0, 0),
+        2: (0, 128, 0),
+        3: (128, 128, 0),
+        4: (0, 0, 128),
+        8: (64, 0, 0),
+        15: (192, 128, 128),
+        20: (0, 64, 128),
+        255: (224, 224, 192),
+    }
+    assert len(palette) == 256
+    assert {i: palette[i] for i in published} == published
+    assert datasets.DATA["voc"].palette[14] == (192, 128, 128)
+    assert len(datasets.DATA["voc"].palette) == 20
+
+
+@pytest.mark.parametrize("data, names, side, denoise", [
+    ("voc", "voc20", 336, 0.5),
+    ("context", "context59", 448, 0.6),
+    ("ade20k", "ade150", 512, 0.5),
+])
+def test_classes_are_those_the_authors_prompt_with(shared, data, names, side, denoise):
+    facts = datasets.DATA[data]
+    prompted = shared(f"classes/{names}_prompted.txt").read_text().split("\n")
+    assert list(facts.classes) == prompted[:len(facts.classes)]
+    assert len(facts.palette) == len(set(facts.palette)) == len(facts.classes)
+    assert (facts.short_side, facts.denoise, facts.splits) == (side, denoise, ("val",))
+
+
+@pytest.mark.parametrize("data, count", [
+    ("shapes", 8), ("voc", 20), ("context", 59), ("ade20k", 150),
+])
+def test_facts_fit_together(data, count):
+    """One label value a class, all different; the name is the key."""
+    facts = datasets.DATA[data]
+    assert facts.name == data
+    assert len(facts.classes) == len(set(facts.classes)) == len(facts.palette) == count
+    assert data in SETTINGS
+    if data != "shapes":
+        values = datasets.LAYOUTS[data].label_values
+        assert len(values) == len(set(values)) == count
+        assert not {*values} & {0, 255}
+
+
+def test_context_ids_are_those_of_the_459_names(shared):
+    """The raw list of 459 names gives each id its name; alphabetical order makes it the label's."""
+    lines = shared("classes/context459_raw_fcn.txt").read_text().strip().split("\n")
+    raw = dict(line.split(": ") for line in lines)
+    named = [raw[str(identity)].replace(" ", "") for identity in datasets.CONTEXT_IDS]
+    spelled = [SPELLING.get(name, name) for name in datasets.CONTEXT_CLASSES]
+    assert named == spelled == sorted(spelled)
+    assert len(spelled) == 59
+
+
+def test_read_classes(tmp_path):
+    assert read_classes(" cat, dog|puppy ,grass") == ("cat", "dog | puppy", "grass")
+    (tmp_path / "own.txt").write_text("\ufeff# mine\ncat\n\n dog |puppy\n")
+    assert read_classes(str(tmp_path / "own.txt")) == ("cat", "dog | puppy")
+
+    # No file system takes a path this long, or one with a NUL: still no file, but a list.
+    many = [f"class {i}" for i in range(2000)]
+    assert read_classes(", ".join(many)) == tuple(many)
+    assert read_classes("a\0, b") == ("a\0", "b")
+
+
+def test_own_facts():
+    facts = own_facts("photos", ["cat", "dog"])
+    assert facts.name == "photos"
+    assert facts.classes == ("cat", "dog")
+    assert facts.palette == voc_palette()[1:3]
+    assert (facts.denoise, facts.splits) == (0.0, ())
+
+
+@pytest.mark.parametrize("text", [
+    "cat", "", "cat,,dog", "a|b, B", "a | , b", "a, a", "none.txt", "cat,",
+])
+def test_bad_classes_are_named(text):
+    expected = f"the class list '{re.escape(text)}' needs two names or more, none empty"
+    with pytest.raises(ValueError, match=expected):
+        read_classes(text)
+
+
+def test_254_classes_fit():
+    names = [f"c{i}" for i in range(254)]
+    assert len(own_facts("photos", names).palette) == 254
+    with pytest.raises(ValueError, match="255 classes are named: 254 at most"):
+        own_facts("photos", [*names, "one more"])
+
+    assert len(Files([], [], range(254)).label_values) == 254
+    with pytest.raises(ValueError, match="255 label values, one a class: 254 at most"):
+        Files([], [], range(255))
+
+
+# --- Settings -------------------------------------------------------------------------------------
+
+POSITIVE = [
+    "rectify_epochs", "rectify_poly_epochs", "rectify_batch", "top_k", "lr", "tau_1", "tau",
+    "mask_tau", "distill_epochs", "distill_batch", "distill_lr", "rectify_short_side",
+]
+NOT_NEGATIVE = ["crop", "distill_crop", "distill_lr_floor", "alpha", "beta"]
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_settings_above_0(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it must be above 0$"):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", NOT_NEGATIVE)
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_settings_of_0_or_more(name, value):
+    assert getattr(Settings(**{name: 0}), name) == 0
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it must be 0 or more$"):
+        Settings(**{name: value})
+
+
+def test_every_setting_has_a_help_and_a_type():
+    """train.py makes its options of them; every number names its source."""
+    for field in dataclasses.fields(Settings):
+        assert field.metadata["help"] and field.type in (int, float, str, bool)
+        assert field.default is None or isinstance(field.default, field.type), field.name
+
+
+def test_settings_of_the_paper():
+    """Sec. 4.1, in which the paper gives numbers; and images are resized as for evaluation."""
+    for data in ("voc", "context", "ade20k"):
+        s = SETTINGS[data]
+        assert (s.lr, s.weight_decay, s.poly_power) == (0.01, 0.0005, 0.9)
+        assert (s.alpha, s.beta, s.pool, s.attention) == (0.5, 0.5, "global", "maskclip")
+    for data, facts in datasets.DATA.items():
+        assert SETTINGS[data].rectify_short_side == facts.short_side
+    assert SETTINGS["own"].rectify_short_side == own_facts("photos", ["a", "b"]).short_side
+
+
+# --- Labels ---------------------------------------------------------------------------------------
 
 def test_label_values(voc_root):
-    """0 and 255 are ignored, value v is class v - 1, and the index is read, not the colour."""
+    """0 and 255 are ignored, value v is class v - 1, and the index is read, not the color."""
     split = open_split("voc", voc_root, "val")
-    raw = np.array(Image.open(split.labels[0]))
-    label = split.label(0).numpy()
+    raw = np.array(Image.open(split.annotation_paths[0]))
+    truth = split.truth(0)
+    assert truth.dtype == torch.uint8
     for value in (0, 1, 7, 20, 255):
+        expected = IGNORE if value in (0, 255) else value - 1
         assert (raw == value).any()
-        assert set(label[raw == value]) == {IGNORE if value in (0, 255) else value - 1}
+        assert set(truth.numpy()[raw == value]) == {expected}
 
+
+def annotation(tmp_path, values):
+    """A label file of these values, of 8 or 16 bits as numpy has it; and its path."""
+    path = tmp_path / "a.png"
+    Image.fromarray(np.array(values)).save(path)
+    return path
+
+
+def test_labels_may_start_at_0(tmp_path):
+    """The default ignores 0, but a class has it: nothing is shifted by one."""
+    path = annotation(tmp_path, np.array([[0, 1, 2], [2, 255, 0]], np.uint8))
+    split = Files([path], [path], range(3))
+    assert split.truth(0).tolist() == [[0, 1, 2], [2, IGNORE, 0]]
+
+
+def test_ids_may_be_scattered(tmp_path):
+    """As in Cityscapes: classes 7, 8, 11 and 33 in an order of our own, all other ids declared."""
+    path = annotation(tmp_path, np.array([[7, 8, 11, 33], [0, 4, 255, 7]], np.uint8))
+    split = Files([path], [path], (11, 7, 8, 33), ignored_values=(0, 4, 255))
+    assert split.truth(0).tolist() == [[1, 2, 0, 3], [IGNORE, IGNORE, IGNORE, 1]]
+
+    # An id that nobody declared is an error, whether it lies between the others or above them.
+    strict = Files([path], [path], (11, 7, 8, 33), ignored_values=(0, 255))
+    with pytest.raises(ValueError, match="a.png holds the value 4, which stands for none of the 4"):
+        strict.truth(0)
+    with pytest.raises(ValueError, match="a.png holds the value 33"):
+        Files([path], [path], (11, 7, 8)).truth(0)
+
+
+def test_ids_may_have_16_bits(tmp_path):
+    path = annotation(tmp_path, np.array([[300, 65535], [0, 40000]], np.uint16))
+    split = Files([path], [path], (40000, 300, 65535))
+    assert split.truth(0).tolist() == [[1, 2], [IGNORE, 0]]
+    with pytest.raises(ValueError, match="holds the value 40000"):
+        Files([path], [path], (300, 65535)).truth(0)
+
+
+@pytest.fixture
+def own_layout(tmp_path, monkeypatch):
+    """Another labelled data set, as a user would add it: labels from 0, own suffixes, no lists."""
+    layout = dataclasses.replace(
+        datasets.LAYOUTS["ade20k"],
+        base="Mine",
+        image_suffix="_photo.PNG",
+        annotation_suffix="_ids.png",
+        label_values=(0, 1, 2),
+        official={"train": "2", "val": "1"},
+        split_folders={},
+    )
+    facts = dataclasses.replace(
+        datasets.DATA["ade20k"], name="mine", classes=("cat", "dog", "grass")
+    )
+    monkeypatch.setitem(datasets.LAYOUTS, "mine", layout)
+    monkeypatch.setitem(datasets.DATA, "mine", facts)
+
+    for split, names in {"train": "ba", "val": "c"}.items():
+        for kind in ("images", "annotations"):
+            (tmp_path / "Mine" / kind / split).mkdir(parents=True)
+        for name in names:
+            label = np.array([[0, 1, 255], [1, 0, 0]], np.uint8)
+            image = tmp_path / "Mine/images" / split / f"{name}_photo.PNG"
+            Image.new("RGB", (3, 2), "red").save(image)
+            Image.fromarray(label).save(
+                tmp_path / "Mine/annotations" / split / f"{name}_ids.png"
+            )
+    return tmp_path
+
+
+def test_a_layout_has_its_own_suffixes_and_label_values(own_layout):
+    (own_layout / "Mine/images/train/c_photo.jpg").touch()  # another suffix: not of the set
+    split = open_split("mine", own_layout, "train")
+    assert split.names == ["a_photo", "b_photo"]
+    image, truth, _ = Evaluation(split, short_side=0)[0]
+    assert truth.tolist() == [[0, 1, IGNORE], [1, 0, 0]]
+    assert image[:, 0, 0].tolist() == [1, 0, 0]
+
+
+def test_verify_names_classes_that_occur_in_no_label(own_layout, capsys):
+    prepare("mine", own_layout)
+    verify("mine", own_layout)
+    assert capsys.readouterr().out.splitlines() == [
+        "mine train: 2 images with labels (official: 2), 2 of 3 classes occur; in no label: grass",
+        "mine val: 1 images with labels (official: 1), 2 of 3 classes occur; in no label: grass",
+    ]
+
+
+# --- The training stream, thumbnails, evaluation --------------------------------------------------
 
 def test_training_opens_no_label(voc_root):
-    """With the label folder gone, training pictures still come; evaluation says what is missing."""
+    """With the label folder gone, training images still come; evaluation says what is missing."""
     shutil.rmtree(voc_root / "VOCdevkit" / "VOC2012" / "SegmentationClass")
     stream = TrainingStream(open_split("voc", voc_root, "train"), Augment(2048, 64, 48), seed=0)
     assert [stream[s][0].shape for s in range(12)] == [(3, 48, 48)] * 12
@@ -58,226 +312,352 @@ def test_training_opens_no_label(voc_root):
 
 
 def test_stream_is_a_function_of_seed_and_position(voc_root):
-    """Item s does not depend on what was read before, every epoch holds each picture once, orders differ."""
+    """Item s does not depend on what was read before; every epoch holds each image once, in another
+    order; the caller's own random numbers do not notice."""
     split = open_split("voc", voc_root, "train")
-    make = lambda seed: TrainingStream(split, Augment(2048, 64, 48), seed)
-    forward = [make(3)[s] for s in range(15)]
-    stream = make(3)
+    augment = Augment(2048, 64, 48)
+    stream = TrainingStream(split, augment, seed=3)
+    forward = [stream[s] for s in range(15)]
+
+    again = TrainingStream(split, augment, seed=3)
     for s in (14, 2, 7):
         torch.rand(5)  # the global generator must not matter
-        assert torch.equal(stream[s][0], forward[s][0]) and stream[s][1] == forward[s][1]
-    epochs = [[name for _, name in forward[i:i + 5]] for i in (0, 5, 10)]
-    assert all(sorted(epoch) == sorted(split.names) for epoch in epochs) and epochs[0] != epochs[1]
-    assert not torch.equal(make(4)[0][0], forward[0][0])
+        before = torch.random.get_rng_state()
+        image, name = again[s]
+        assert torch.equal(image, forward[s][0]) and name == forward[s][1]
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+    epochs = [[name for _, name in forward[first:first + 5]] for first in (0, 5, 10)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(split.names)
+    assert epochs[0] != epochs[1]
+
+    other_seed = TrainingStream(split, augment, seed=4)
+    assert not torch.equal(other_seed[0][0], forward[0][0])
 
 
 def test_augment_sizes_and_range():
-    """Small pictures are padded, large ones cropped; values stay in [0, 1]; crop 0 keeps size and place."""
-    for size in ((20, 90), (400, 130), (1, 1)):
-        out = Augment(2048, 64, 48)(torch.randint(0, 256, (3, *size), dtype=torch.uint8))
-        assert out.shape == (3, 48, 48) and out.min() >= 0 and out.max() <= 1
-    picture = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
-    out = Augment(0, 0, 0, flip=False, photometric=False)(picture)
-    assert torch.allclose(out, picture / 255, atol=1e-6)
+    """Small images are padded, large ones cropped; values stay in [0, 1]; crop 0 keeps all."""
+    for height, width in ((20, 90), (400, 130), (1, 1)):
+        out = Augment(2048, 64, 48)(random_image(height, width))
+        assert out.shape == (3, 48, 48)
+        assert out.min() >= 0 and out.max() <= 1
+
+    image = random_image(20, 30)
+    out = Augment(0, 0, 0, flip=False, photometric=False)(image)
+    assert torch.allclose(out, image / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("crop, flip, photometric, changes", [
+    (0, False, False, False),
+    (24, False, False, True),
+    (0, True, False, True),
+    (0, False, True, True),
+])
+def test_augment_knows_whether_it_changes_images(crop, flip, photometric, changes):
+    augment = Augment(100, 40, crop, flip=flip, photometric=photometric)
+    assert augment.changes is changes
+    image = random_image(20, 30)
+    first = augment(image)
+    differs = [not torch.equal(augment(image), first) for _ in range(20)]
+    assert any(differs) == changes
+
+
+def test_flip_mirrors_every_other_image():
+    image = random_image(4, 6)
+    augment = Augment(0, 0, 0, photometric=False)
+    outs = [(255 * augment(image)).round().byte() for _ in range(200)]
+    mirrored = [torch.equal(out, image.flip(2)) for out in outs]
+    assert all(torch.equal(out, image) for out, m in zip(outs, mirrored) if not m)
+    assert 70 < sum(mirrored) < 130
 
 
 def test_resize_keeps_the_ratio_and_obeys_both_limits():
-    """r in (1, 1): factor = min(long / max, short / min); a white picture shows its size inside the padding."""
+    """r in (1, 1): factor = min(long / max, short / min) = 0.4; a white image shows its size of
+    40 x 120 inside the padding."""
     white = torch.full((3, 100, 300), 255, dtype=torch.uint8)
-    out = Augment(120, 60, 200, ratio=(1.0, 1.0), flip=False, photometric=False)(white)  # factor 0.4: 40 x 120
+    out = Augment(120, 60, 200, ratio=(1.0, 1.0), flip=False, photometric=False)(white)
     assert int((out == 1).all(0).sum()) == 40 * 120
 
 
 def test_thumbnails_and_evaluation_sizes(voc_root):
     split = open_split("voc", voc_root, "val")
     assert Thumbnails(split, 32)[0][0].shape == (3, 32, 32)
-    picture, label, name = Evaluation(split, 50)[0]
-    H, W = split.label(0).shape
-    assert min(picture.shape[1:]) == 50 and label.shape == (H, W) and name == split.names[0]
-    assert abs(picture.shape[2] / picture.shape[1] - W / H) < 0.03
+    image, truth, name = Evaluation(split, 50)[0]
+    H, W = split.truth(0).shape
+    assert min(image.shape[1:]) == 50 and truth.shape == (H, W) and name == split.names[0]
+    assert abs(image.shape[2] / image.shape[1] - W / H) < 0.03
+
+
+def test_kept_images_are_decoded_once(voc_root):
+    split = open_split("voc", voc_root, "val")
+    first = split.image(0)
+    assert split.image(0) is not first
+    split.keep = True
+    first = split.image(0)
+    split.image_paths[0].unlink()
+    assert split.image(0) is first
+
+
+def remove_all(base):
+    shutil.rmtree(base)
+
+
+def empty_the_list(base):
+    (base / "ImageSets/Segmentation/val.txt").write_text("")
+
+
+def remove_an_image(base):
+    (base / "JPEGImages/val_0.jpg").unlink()
+
+
+def spoil_an_image(base):
+    (base / "JPEGImages/val_0.jpg").write_bytes(b"no image")
+
+
+def spoil_an_annotation(base):
+    (base / "SegmentationClass/val_0.png").write_bytes(b"no image")
+
+
+def make_a_label_rgb(base):
+    Image.new("RGB", (30, 20)).save(base / "SegmentationClass/val_0.png")
+
+
+def give_a_label_value_21(base):
+    label = np.full((20, 30), 21, np.uint8)
+    Image.fromarray(label).save(base / "SegmentationClass/val_0.png")
+
+
+def shrink_a_label(base):
+    label = np.ones((9, 9), np.uint8)
+    Image.fromarray(label).save(base / "SegmentationClass/val_0.png")
 
 
 @pytest.mark.parametrize("damage, error, words", [
-    (lambda b: shutil.rmtree(b), FileNotFoundError, "VOCdevkit/VOC2012"),
-    (lambda b: (b / "ImageSets/Segmentation/val.txt").write_text(""), ValueError, "empty"),
-    (lambda b: (b / "JPEGImages/val_0.jpg").unlink(), FileNotFoundError, "val_0.jpg"),
-    (lambda b: (b / "JPEGImages/val_0.jpg").write_bytes(b"no picture"), ValueError, "val_0.jpg is not a readable"),
-    (lambda b: Image.new("RGB", (30, 20)).save(b / "SegmentationClass/val_0.png"), ValueError, "mode RGB"),
-    (lambda b: Image.fromarray(np.full((20, 30), 21, np.uint8)).save(b / "SegmentationClass/val_0.png"),
-     ValueError, "value 21"),
-    (lambda b: Image.fromarray(np.ones((9, 9), np.uint8)).save(b / "SegmentationClass/val_0.png"),
-     ValueError, r"label is \(9, 9\)"),
+    (remove_all, FileNotFoundError, "VOCdevkit/VOC2012"),
+    (empty_the_list, ValueError, "empty"),
+    (remove_an_image, FileNotFoundError, "val_0.jpg"),
+    (spoil_an_image, ValueError, "val_0.jpg is not a readable image"),
+    (spoil_an_annotation, ValueError, "val_0.png is not a readable annotation"),
+    (make_a_label_rgb, ValueError, "mode RGB"),
+    (give_a_label_value_21, ValueError, "value 21"),
+    (shrink_a_label, ValueError, r"annotation is \(9, 9\)"),
 ])
 def test_bad_input_is_named(voc_root, damage, error, words):
     damage(voc_root / "VOCdevkit" / "VOC2012")
     with pytest.raises(error, match=words) as caught:
         Evaluation(open_split("voc", voc_root, "val"), 64)[0]
     assert "\n" not in str(caught.value)
+    assert "--root" not in str(caught.value).split("; python datasets.py")[0]
 
 
 def test_real_voc_files(shared):
-    """The real files: 3 train and 17 val pictures, label values as their provenance lists them."""
+    """The real files: 3 train and 17 val images, label values as their provenance lists them."""
     root = shared("VOCdevkit").parent
     split = open_split("voc", root, "val")
     assert len(split) == 17 and len(open_split("voc", root, "train")) == 3
-    label = split.label(i := split.names.index("2008_002536"))
-    assert sorted(label.unique().tolist()) == [11, 16, 255] and split.picture(i).shape[1:] == label.shape
+    i = split.names.index("2008_002536")
+    truth = split.truth(i)
+    assert sorted(truth.unique().tolist()) == [11, 16, 255]
+    assert split.image(i).shape[1:] == truth.shape
 
+
+def test_progress(monkeypatch, capsys):
+    """In a log a line now and then, and one at the end; on a terminal in place."""
+    clock = iter([100.0, 110.0, 111.0, 130.0])
+    monkeypatch.setattr(datasets.time, "perf_counter", lambda: next(clock))
+    progress = Progress("eval", total=80, first=10, per_step=2)
+    progress(20)  # 10 steps in 10 s: 2 images/s, 60 steps left
+    progress(21)  # a second later: too early
+    progress(80, "loss 1  ")
+    assert capsys.readouterr().err.splitlines() == [
+        "eval  20/80  2.0 images/s  0:01:00 left",
+        "eval  80/80  loss 1  4.7 images/s  0:00:00 left",
+    ]
+
+    clock = iter([100.0, 101.0, 102.0])
+    progress = Progress("eval", total=2)
+    progress.terminal = True
+    progress(1)
+    progress(2)
+    written = capsys.readouterr().err
+    assert written.count("\r\x1b[K") == 2 and written.count("\n") == 1 and written.endswith("\n")
+
+
+# --- shapes ---------------------------------------------------------------------------------------
 
 def test_shapes_are_a_function_of_split_and_index():
-    """Drawn twice, in any order, a picture is the same; splits differ; labels hold classes and IGNORE only."""
+    """Drawn twice, in any order, an image is the same; splits differ; labels hold classes and
+    IGNORE only."""
     datasets.target_scene.cache_clear()
-    first = [open_split("shapes", None, "val").picture(i) for i in (5, 2)]
+    first = [open_split("shapes", None, "val").image(i) for i in (5, 2)]
     datasets.target_scene.cache_clear()
     split = open_split("shapes", None, "val")
-    assert torch.equal(split.picture(2), first[1]) and torch.equal(split.picture(5), first[0])
-    assert not torch.equal(open_split("shapes", None, "test").picture(2), first[1])
-    labels = torch.stack([split.label(i) for i in range(100)])
-    assert set(labels.unique().tolist()) == {*range(8), IGNORE}
-    assert [len(open_split("shapes", None, name)) for name in ("train", "val", "test")] == [1000, 300, 500]
+    assert torch.equal(split.image(2), first[1])
+    assert torch.equal(split.image(5), first[0])
+    assert not torch.equal(open_split("shapes", None, "test").image(2), first[1])
+
+    truths = torch.stack([split.truth(i) for i in range(100)])
+    assert set(truths.unique().tolist()) == {*range(8), IGNORE}
+    sizes = [len(open_split("shapes", None, name)) for name in ("train", "val", "test")]
+    assert sizes == [1000, 300, 500]
+    with pytest.raises(ValueError, match="shapes has no split trainval, only train, val, test"):
+        open_split("shapes", None, "trainval")
 
 
 def test_labels_lie_on_the_objects():
-    """A lone object in its hue on a grey ground: where the label says object, the picture is colourful."""
+    """A lone object in its hue on a gray ground: where the truth says object, the image is
+    colorful."""
     rng = np.random.default_rng(0)
     thing = datasets.new_thing("box", 30, 24, 15, rng)
-    picture, label = datasets.paint(64, "stone", [thing], rng)
-    spread = picture.max(0).astype(int) - picture.min(0)
-    inside = label == datasets.SHAPES_CLASSES.index("box")
-    assert spread[inside].mean() > 2 * spread[label == IGNORE].mean() and 300 < inside.sum() < 900
+    image, truth = datasets.paint(64, "stone", [thing], rng)
+    spread = image.max(0).astype(int) - image.min(0)
+    inside = truth == datasets.SHAPES_CLASSES.index("box")
+    assert spread[inside].mean() > 2 * spread[truth == IGNORE].mean()
+    assert 300 < inside.sum() < 900
+
+
+@pytest.mark.parametrize("name, u, v, inside", [
+    ("coin", 0.9, 0, True), ("coin", 1.1, 0, False),
+    ("ring", 0, 0, False), ("ring", 0.7, 0, True),
+    ("box", 0.8, 0.8, True), ("box", 0.9, 0, False),
+    ("gem", 1, 0, True), ("gem", 0.6, 0.6, False),
+    ("star", 0.95, 0, True), ("star", -0.3, 0, False),  # a tip to the right, a notch to the left
+    ("flower", 0.95, 0, True), ("flower", 0, 0.7, False),
+    ("bee", 0.9, 0, True), ("bee", 0, 0.7, False), ("beetle", 0, 0.7, True),
+])
+def test_outlines(name, u, v, inside):
+    assert (datasets.depth(name, np.float64(u), np.float64(v)) > 0) == inside
 
 
 def test_captions_speak_the_tokenizers_words():
     words = set(pretrain.shapes_words())
     for _, captions in (pretrain.web_scenes((0, 1), 50), pretrain.web_mosaics((0, 2), 10)):
-        assert {word for caption in captions for word in caption.split()} <= words
-        assert all(any(name in caption.split() for name in datasets.SHAPES_CLASSES) for caption in captions)
+        for caption in captions:
+            assert set(caption.split()) <= words
+            assert set(caption.split()) & set(datasets.SHAPES_CLASSES)
 
 
 def test_close_ups_have_habits_and_targets_do_not():
-    """First twins (coin, box, star, bee) stand in the upper half of mosaics only; on the target in both halves."""
+    """First twins (coin, box, star, bee) stand in the upper half of mosaics only; on the target in
+    both halves."""
+    first_twins = set(datasets.SHAPES_CLASSES[::2])
     _, captions = pretrain.web_mosaics((3, 4), 50)
-    first = [any(name in caption.split() for name in datasets.SHAPES_CLASSES[::2]) for caption in captions]
-    assert all(first[i] == (i % 4 < 2) for i in range(len(first)))
+    for i, caption in enumerate(captions):
+        in_upper_half = i % 4 < 2
+        assert bool(first_twins & set(caption.split())) == in_upper_half
+
     split = open_split("shapes", None, "train")
-    labels = torch.stack([split.label(i) for i in range(300)])
-    even = (labels != IGNORE) & (labels % 2 == 0)
-    upper, lower = even[:, :32].sum().item(), even[:, 32:].sum().item()
+    truths = torch.stack([split.truth(i) for i in range(300)])
+    is_first_twin = (truths != IGNORE) & (truths % 2 == 0)
+    upper = is_first_twin[:, :32].sum().item()
+    lower = is_first_twin[:, 32:].sum().item()
     assert 0.85 < upper / lower < 1.18
 
 
-SPELLING = {"airplane": "aeroplane", "potted plant": "pottedplant", "tv monitor": "tvmonitor"}  # of Context's JSON
-
-
-# --- Facts --------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("data, names, side, denoise", [("voc", "voc20", 336, .5), ("context", "context59", 448, .6),
-                                                        ("ade20k", "ade150", 512, .5)])
-def test_classes_are_those_the_authors_prompt_with(shared, data, names, side, denoise):
-    facts = datasets.DATA[data]
-    assert list(facts.classes) == shared(f"classes/{names}_prompted.txt").read_text().split("\n")[:len(facts.classes)]
-    assert (len(facts.palette), len(set(facts.palette))) == (len(facts.classes),) * 2
-    assert (facts.short_side, facts.denoise, facts.splits) == (side, denoise, ("val",))
-
-
-def test_context_ids_are_those_of_the_459_names(shared):
-    """The raw list of 459 names gives each id its name; alphabetical order makes it the label's."""
-    raw = dict(line.split(": ") for line in shared("classes/context459_raw_fcn.txt").read_text().strip().split("\n"))
-    named = [raw[str(identity)].replace(" ", "") for identity in datasets.CONTEXT_IDS]
-    spelt = [SPELLING.get(name, name) for name in datasets.CONTEXT_CLASSES]
-    assert named == spelt == sorted(spelt) and len(spelt) == 59
-
-
-def test_read_classes(tmp_path):
-    assert read_classes(" cat, dog|puppy ,grass") == ("cat", "dog | puppy", "grass")
-    (tmp_path / "own.txt").write_text("\ufeff# mine\ncat\n\n dog |puppy\n")
-    assert read_classes(str(tmp_path / "own.txt")) == ("cat", "dog | puppy")
-    facts = own_facts(["cat", "dog"])
-    assert facts.classes == ("cat", "dog") and facts.palette == voc_palette()[1:3] and facts.splits == ()
-
-
-@pytest.mark.parametrize("text", ["cat", "", "cat,,dog", "a|b, B", "a | , b", "a, a", "none.txt", "cat,"])
-def test_bad_classes_are_named(text):
-    with pytest.raises(ValueError, match=f"--classes {re.escape(text)}: needs two names or more, none empty"):
-        read_classes(text)
-
-
-def test_254_classes_fit():
-    assert len(own_facts(map_ := [f"c{i}" for i in range(254)]).palette) == 254
-    with pytest.raises(ValueError, match="--classes.*254"):
-        own_facts([*map_, "one more"])
-
-
-# --- Odd pictures -------------------------------------------------------------------------------------------
+# --- Odd images -----------------------------------------------------------------------------------
 
 def corner(path):
-    """The first pixel of the only picture."""
-    return tuple(Folder(path).picture(0)[:, 0, 0].tolist())
+    """The first pixel of the only image."""
+    return tuple(Folder(path).image(0)[:, 0, 0].tolist())
 
 
-@pytest.mark.parametrize("mode, colour, suffix, expected", [
-    ("L", 77, "png", (77, 77, 77)), ("1", 1, "png", (255, 255, 255)), ("RGB", (9, 8, 7), "PNG", (9, 8, 7)),
-    ("RGBA", (200, 0, 0, 0), "png", (255, 255, 255)), ("RGBA", (0, 0, 0, 51), "png", (204, 204, 204)),
-    ("LA", (100, 0), "png", (255, 255, 255)), ("CMYK", (0, 0, 0, 0), "jpg", (255, 255, 255)),
-    ("I;16", 25700, "png", (100, 100, 100)), ("I;16", 65535, "png", (255, 255, 255)), ("L", 50, "JPEG", (50, 50, 50)),
-    ("RGBA", (0, 0, 0, 0), "webp", (255, 255, 255)), ("I", 257, "tiff", (1, 1, 1))])
-def test_picture_modes(tmp_path, mode, colour, suffix, expected):
-    image = Image.new(mode, (8, 5), colour)
-    image.save(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
-    assert corner(tmp_path / f"a.{suffix}") == expected
+@pytest.mark.parametrize("mode, color, suffix, expected", [
+    ("L", 77, "png", (77, 77, 77)),
+    ("1", 1, "png", (255, 255, 255)),
+    ("RGB", (9, 8, 7), "PNG", (9, 8, 7)),
+    ("RGBA", (200, 0, 0, 0), "png", (255, 255, 255)),
+    ("RGBA", (0, 0, 0, 51), "png", (204, 204, 204)),
+    ("LA", (100, 0), "png", (255, 255, 255)),
+    ("CMYK", (0, 0, 0, 0), "jpg", (255, 255, 255)),
+    ("I;16", 25700, "png", (100, 100, 100)),
+    ("I;16", 65535, "png", (255, 255, 255)),
+    ("L", 50, "JPEG", (50, 50, 50)),
+    ("RGBA", (0, 0, 0, 0), "webp", (255, 255, 255)),
+    ("I", 257, "tiff", (1, 1, 1)),
+])
+def test_image_modes(tmp_path, mode, color, suffix, expected):
+    path = tmp_path / f"a.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {}
+    Image.new(mode, (8, 5), color).save(path, **options)
+    assert corner(path) == expected
 
 
 def test_transparent_palette_is_white(tmp_path):
     image = Image.new("P", (4, 4), 3)
-    image.putpalette([value for colour in voc_palette() for value in colour])
+    image.putpalette([value for color in voc_palette() for value in color])
     image.save(tmp_path / "a.png")
     assert corner(tmp_path) == (128, 128, 0)
     image.save(tmp_path / "a.png", transparency=3)
     assert corner(tmp_path) == (255, 255, 255)
 
 
-def test_exif_turns_the_picture(tmp_path):
-    """Orientation 6: the stored picture must be turned clockwise, so its left column becomes the upper row."""
+def test_exif_turns_the_image(tmp_path):
+    """Orientation 6: the stored image must be turned clockwise, so its left column becomes the
+    upper row."""
     stored = np.zeros((8, 16, 3), np.uint8)
     stored[:, :8] = 255
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
-    picture = Folder(tmp_path).picture(0)
-    assert picture.shape == (3, 16, 8) and (picture[:, :8] == 255).all() and (picture[:, 8:] == 0).all()
+    image = Folder(tmp_path).image(0)
+    assert image.shape == (3, 16, 8)
+    assert (image[:, :8] == 255).all() and (image[:, 8:] == 0).all()
 
 
-def test_folder_names_and_what_it_leaves_out(tmp_path, capsys):
+@pytest.fixture
+def messy_folder(tmp_path):
+    """Four good images at three depths, four broken ones, and a text: (folder, a good image)."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (90, 90, 3), dtype=np.uint8))
-    (tmp_path / "sub/deep").mkdir(parents=True)
+    folder = tmp_path / "messy"
+    (folder / "sub/deep").mkdir(parents=True)
     for name in ("b.png", "sub/a.JPG", "sub/deep/c.WebP", "sub/b.png", "cut.jpg", "cut.png"):
-        noise.save(tmp_path / name)
+        noise.save(folder / name)
     for name in ("cut.jpg", "cut.png"):
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-900])
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("no picture")
-    (tmp_path / "notes.txt").write_text("not even tried")
-    folder = Folder(tmp_path)
-    assert folder.names == ["b.png", "sub/a.JPG", "sub/b.png", "sub/deep/c.WebP"] and len(folder) == 4
-    assert {Path(name).name for name in folder.skipped} == {"cut.jpg", "cut.png", "empty.png", "text.jpg"}
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 4 and all(re.match(r"skipped \w+\.\w+: .+", line) for line in told)
-    assert (folder.picture(0) == torch.from_numpy(np.array(noise)).permute(2, 0, 1)).all()
+        (folder / name).write_bytes((folder / name).read_bytes()[:-900])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("no image")
+    (folder / "notes.txt").write_text("not even tried")
+    return folder, torch.from_numpy(np.array(noise)).permute(2, 0, 1)
+
+
+def test_folder_leaves_out_what_it_cannot_read(messy_folder, capsys):
+    path, noise = messy_folder
+    folder = Folder(path)
+    assert folder.names == ["b.png", "sub/a.JPG", "sub/b.png", "sub/deep/c.WebP"]
+    assert len(folder) == 4
+    assert set(folder.skipped) == {"cut.jpg", "cut.png", "empty.png", "text.jpg"}
+
+    reported = capsys.readouterr().err.splitlines()
+    assert len(reported) == 4
+    for line in reported:
+        assert re.match(r"skipped \w+\.\w+: .+", line)
+
+    assert torch.equal(folder.image(0), noise)
     with pytest.raises(ValueError, match="b.png has no labels"):
-        folder.label(0)
-    assert open_split(str(tmp_path), "", "train").names == folder.names
-    assert Folder(tmp_path / "sub/a.JPG", tmp_path / "sub/deep").names == ["a.JPG", "c.WebP"]
-    twice = tmp_path / "b.png", tmp_path / "sub/b.png"
-    assert Folder(*twice, tmp_path / "sub/b.png").names == [path.as_posix() for path in twice]
-    capsys.readouterr()
-    (tmp_path / "bad").mkdir()
+        folder.truth(0)
+    assert open_split(str(path), "", "train").names == folder.names
+
+
+def test_names_in_folders_are_unique(messy_folder):
+    path, _ = messy_folder
+    assert Folder(path / "sub/a.JPG", path / "sub/deep").names == ["a.JPG", "c.WebP"]
+
+    # Two different files called b.png, the second given twice: whole paths, each once.
+    one, other = path / "b.png", path / "sub/b.png"
+    assert Folder(one, other, other).names == [one.as_posix(), other.as_posix()]
+
+
+def test_folder_without_a_readable_image(tmp_path, capsys):
     for i in range(13):
-        (tmp_path / "bad" / f"{i:02}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="bad holds no readable"):
-        Folder(tmp_path / "bad")
-    assert len(told := capsys.readouterr().err.splitlines()) == 11 and told[-1] == "and 3 more"
-    with pytest.raises(FileNotFoundError, match="nowhere is neither"):
+        (tmp_path / f"{i:02}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{tmp_path.name} holds no readable image"):
+        Folder(tmp_path)
+    reported = capsys.readouterr().err.splitlines()
+    assert len(reported) == 11 and reported[-1] == "and 3 more"
+
+    with pytest.raises(FileNotFoundError, match="nowhere is neither an image nor a folder"):
         Folder(tmp_path / "nowhere")
 
 
@@ -285,79 +665,131 @@ def test_bomb_is_named(tmp_path, monkeypatch):
     Image.new("L", (50, 50)).save(tmp_path / "a.png")
     split = Folder(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="a.png is not a readable picture: Image size"):
-        split.picture(0)
+    with pytest.raises(ValueError, match="a.png is not a readable image: Image size"):
+        split.image(0)
 
 
 @pytest.mark.parametrize("size, side, expected", [
-    ((375, 500), 336, (336, 448)), ((500, 375), 448, (597, 448)), ((1, 1), 336, (336, 336)), ((7, 9), 0, (7, 9)),
-    ((1, 4000), 336, (1, 2048)), ((4000, 10), 512, (2048, 5)), ((100, 600), 336, (336, 2016)),
-    ((100, 300), 1000, (1000, 3000)), ((100, 500), 1000, (800, 4000))])
-def test_resize_of_normal_and_extreme_pictures(size, side, expected):
-    assert resize_short_side(torch.zeros((3, *size), dtype=torch.uint8), side).shape == (3, *expected)
+    ((375, 500), 336, (336, 448)),
+    ((500, 375), 448, (597, 448)),
+    ((1, 1), 336, (336, 336)),
+    ((7, 9), 0, (7, 9)),
+    ((1, 4000), 336, (1, 2048)),
+    ((4000, 10), 512, (2048, 5)),
+    ((100, 600), 336, (336, 2016)),
+    ((100, 300), 1000, (1000, 3000)),
+    ((100, 500), 1000, (800, 4000)),
+])
+def test_resize_of_normal_and_extreme_images(size, side, expected):
+    image = torch.zeros((3, *size), dtype=torch.uint8)
+    assert resize_short_side(image, side).shape == (3, *expected)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 30000), (30000, 1), (40, 100)])
 def test_thumbnails_of_any_shape(tmp_path, size):
-    """Up to 4 : 1 the crop changes nothing: it is the plain resize and centre crop. A strip costs no memory."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)).save(tmp_path / "a.png")
+    """Up to 4 : 1 the first crop changes nothing: it is CLIP's plain resize and center crop. A
+    strip costs no memory."""
+    noise = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
     folder = Folder(tmp_path)
-    out = Thumbnails(folder, 24)[0][0]
-    assert out.shape == (3, 24, 24)
+    out, name = Thumbnails(folder, 24)[0]
+    assert out.shape == (3, 24, 24) and name == "a.png"
+
     if size == (40, 100):
-        assert torch.equal(out, Thumbnails(folder, 24).transform(folder.picture(0)))
+        plain = v2.Compose([
+            v2.Resize(24, interpolation=InterpolationMode.BICUBIC, antialias=True),
+            v2.CenterCrop(24),
+            v2.ToDtype(torch.float32, scale=True),
+        ])
+        assert torch.equal(out, plain(folder.image(0)))
 
 
-# --- Run lengths --------------------------------------------------------------------------------------------
+# --- Run lengths ----------------------------------------------------------------------------------
 
 def encode_rle(mask):
     """COCO's encoder, rleToString of its maskApi.c: runs down the columns, zeros first."""
-    runs, value = [0], 0
+    runs = [0]
+    value = 0
     for pixel in mask.T.ravel().tolist():
         if pixel != value:
             runs.append(0)
             value = pixel
         runs[-1] += 1
+
     text = ""
     for i, run in enumerate(runs):
-        x, more = run - (runs[i - 2] if i > 2 else 0), True
+        x = run
+        if i > 2:
+            x -= runs[i - 2]
+        more = True
         while more:
-            c, x = x & 31, x >> 5
+            c = x & 31
+            x >>= 5
             more = x != -1 if c & 16 else x != 0
-            text += chr(48 + c + 32 * more)
+            if more:
+                c += 32
+            text += chr(48 + c)
     return text
 
 
-@pytest.mark.parametrize("shape, density", [((1, 1), 1), ((7, 5), .5), ((60, 90), .02), ((333, 4), .9), ((9, 70), 0),
-                                            ((200, 300), .0001), ((5, 5), 1)])
+@pytest.mark.parametrize("shape, density", [
+    ((1, 1), 1), ((7, 5), 0.5), ((60, 90), 0.02), ((333, 4), 0.9), ((9, 70), 0),
+    ((200, 300), 0.0001), ((5, 5), 1),
+])
 def test_rle_round_trip(shape, density):
     mask = np.random.default_rng(1).random(shape) < density
     assert (decode_rle(encode_rle(mask), *shape) == mask).all()
 
 
 def test_rle_by_hand():
-    """2 x 5: runs 1, 2, 3, 1, 3 are written 1, 2, 3, 1 - 2 = -1, 3 - 3 = 0; -1 is the six bits 011111 = 'O'."""
+    """2 x 5: the runs 1, 2, 3, 1, 3 are written 1, 2, 3, 1 - 2 = -1, 3 - 3 = 0; -1 is the six bits
+    011111 = 'O'."""
     assert decode_rle("123O0", 2, 5).astype(int).tolist() == [[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]]
-    assert decode_rle("R`0", 2, 257).sum() == 0  # 514 = 2 + 32 * 16, and a third character, or 16 would be the sign
+    # 514 = 2 + 32 * 16, and a third character, or 16 would be the sign
+    assert decode_rle("R`0", 2, 257).sum() == 0
 
 
 @pytest.mark.parametrize("counts, words", [
-    ("", "add up"), ("1", "add up"), ("123O01", "add up"), ("R", "cut off"), ("12O", "negative"), ("1 9", "hold ' '"),
-    ("1é", "hold 'é'"), ("o" * 99, "without an end"), ("o" * 12 + "0", "add up"), ("p", "hold"), ("\x00", "hold")])
+    ("", "add up"),
+    ("1", "add up"),
+    ("123O01", "add up"),
+    ("R", "cut off"),
+    ("12O", "negative"),
+    ("1 9", "hold ' '"),
+    ("1é", "hold 'é'"),
+    ("o" * 99, "without an end"),
+    ("o" * 12 + "0", "add up"),
+    ("p", "hold"),
+    ("\x00", "hold"),
+])
 def test_hostile_rle(counts, words):
     with pytest.raises(ValueError, match=words):
         decode_rle(counts, 2, 5)
 
 
-# --- Preparation --------------------------------------------------------------------------------------------
+# --- Preparation: small data sets in their exact layouts ------------------------------------------
 
-def write_pairs(base, pictures, labels, names, classes):
-    """Pictures and labels of 12 x 10 pixels, the values 0..classes in each label as far as they fit."""
-    for folder in (pictures, labels):
+ARCHIVES = {
+    "voc": "VOCtrainval_11-May-2012.tar",
+    "context": "VOCtrainval_03-May-2010.tar",
+    "ade20k": "ADEChallengeData2016.zip",
+}
+
+
+def write_pairs(base, images, annotations, names, classes):
+    """Images and labels of 12 x 10 pixels; a label holds the values 0..classes as they fit."""
+    for folder in (images, annotations):
         (base / folder).mkdir(parents=True, exist_ok=True)
     for name in names:
-        Image.new("RGB", (12, 10), "red").save(base / pictures / f"{name}.jpg")
-        Image.fromarray(np.resize(np.arange(classes + 1, dtype=np.uint8), (10, 12))).save(base / labels / f"{name}.png")
+        label = np.resize(np.arange(classes + 1, dtype=np.uint8), (10, 12))
+        Image.new("RGB", (12, 10), "red").save(base / images / f"{name}.jpg")
+        Image.fromarray(label).save(base / annotations / f"{name}.png")
+
+
+def write_lists(folder):
+    folder.mkdir(parents=True)
+    (folder / "train.txt").write_text("a\nb\n")
+    (folder / "val.txt").write_text("c\nd\n")
 
 
 @pytest.fixture
@@ -365,163 +797,246 @@ def make_set(tmp_path):
     """Writes a small data set in its exact layout, below tmp_path/DIR."""
     def make(data, where="in"):
         root = tmp_path / where
+        if data == "voc":
+            base = root / "VOCdevkit/VOC2012"
+            write_pairs(base, "JPEGImages", "SegmentationClass", "abcd", 20)
+            write_lists(base / "ImageSets/Segmentation")
+        if data == "context":
+            base = root / "VOCdevkit/VOC2010"
+            write_pairs(base, "JPEGImages", "SegmentationClassContext", "abcd", 59)
+            write_lists(base / "ImageSets/SegmentationContext")
         if data == "ade20k":
+            base = root / "ADEChallengeData2016"
             for split in ("training", "validation"):
-                write_pairs(root / "ADEChallengeData2016", f"images/{split}", f"annotations/{split}", "ab", 150)
-            return root
-        base = root / "VOCdevkit" / ("VOC2012" if data == "voc" else "VOC2010")
-        write_pairs(base, "JPEGImages", "SegmentationClass" + "Context" * (data == "context"), "abcd",
-                    {"voc": 20, "context": 59}[data])
-        lists = base / "ImageSets" / ("Segmentation" + "Context" * (data == "context"))
-        lists.mkdir(parents=True)
-        for split, names in (("train", "a\nb\n"), ("val", "c\nd\n")):
-            (lists / f"{split}.txt").write_text(names)
+                write_pairs(base, f"images/{split}", f"annotations/{split}", "ab", 150)
         return root
     return make
-
-
-def context_json(phases=("train", "val", "test")):
-    """trainval_merged.json in small: three pictures, overlapping masks; and the category of each pixel."""
-    rng, ids, names = np.random.default_rng(5), datasets.CONTEXT_IDS, datasets.CONTEXT_CLASSES
-    data = {"images": [], "annos_segmentation": [], "annos_occlusion": [], "categories": [
-        {"category_id": i, "name": SPELLING.get(name, name), "onlysemantic": 0} for i, name in zip(ids, names)]}
-    truth = {}
-    for number, phase in enumerate(phases):
-        name, H, W = f"2008_00000{number}", 10, 12
-        data["images"].append({"image_id": 2008000000 + number, "file_name": f"{name}.jpg", "height": H, "width": W,
-                               "phase": phase})
-        truth[name] = np.zeros((H, W), int)
-        for _ in range(6):
-            mask, k = rng.random((H, W)) < .4, int(rng.integers(59))
-            truth[name][mask] = k + 1
-            data["annos_segmentation"].append({
-                "id": len(data["annos_segmentation"]), "image_id": 2008000000 + number, "category_id": ids[k],
-                "segmentation": {"size": [H, W], "counts": encode_rle(mask)}, "area": int(mask.sum()), "iscrowd": 0})
-    return data, truth
-
-
-def raw_context(root, data):
-    """VOC 2010 as its archive has it, and the JSON."""
-    base = root / "VOCdevkit/VOC2010"
-    write_pairs(base, "JPEGImages", "SegmentationClass", [f"2008_00000{i}" for i in range(3)], 20)
-    (base / "trainval_merged.json").write_text(json.dumps(data))
-    return base
-
-
-def test_context_labels_pixel_by_pixel(tmp_path, monkeypatch, capsys):
-    """Also: interrupted after one label, nothing half done is taken for whole; a second run decodes nothing."""
-    data, truth = context_json()
-    base, calls = raw_context(tmp_path, data), []
-    real = decode_rle
-    monkeypatch.setattr(datasets, "decode_rle", lambda *a: calls.append(1) or (real(*a) if len(calls) < 9 else 1 / 0))
-    with pytest.raises(ZeroDivisionError):
-        prepare("context", tmp_path)
-    assert len(list((base / "SegmentationClassContext").iterdir())) == 1
-    with pytest.raises(FileNotFoundError, match="SegmentationContext/val.txt is missing"):
-        open_split("context", tmp_path, "val")
-    calls.clear()
-    monkeypatch.setattr(datasets, "decode_rle", lambda *a: calls.append(1) or real(*a))
-    prepare("context", tmp_path)
-    prepare("context", tmp_path)
-    verify("context", tmp_path)
-    assert len(calls) == 6 and "context val: 1 pictures with labels (official: 5104" in capsys.readouterr().out
-    for split, name in (("train", "2008_000000"), ("val", "2008_000001")):
-        files = open_split("context", tmp_path, split)
-        assert files.names == [name] and (files.label(0).numpy() + np.uint8(1) == truth[name]).all()
-    assert not (base / "SegmentationClassContext/2008_000002.png").exists()  # phase test
-
-
-def test_context_from_its_archive_and_json(tmp_path):
-    """As downloaded by hand: the tar of VOC 2010 and the JSON side by side."""
-    data, truth = context_json()
-    raw_context(tmp_path / "made", data)
-    (root := tmp_path / "root").mkdir()
-    (tmp_path / "made/VOCdevkit/VOC2010/trainval_merged.json").rename(root / "trainval_merged.json")
-    pack(tmp_path / "made", root / ARCHIVES["context"])
-    prepare("context", root)
-    assert (open_split("context", root, "val").label(0).numpy() + np.uint8(1) == truth["2008_000001"]).all()
-
-
-def reorder(data):
-    names = [c["name"] for c in data["categories"]]
-    for category, name in zip(data["categories"], ["aeroplane", "bicycle", *names]):
-        category["name"] = name
-
-
-@pytest.mark.parametrize("damage, words", [
-    (reorder, "category 9 is bicycle, not bag: are VOC's 20 classes first"),
-    (lambda d: d["categories"].pop(), "category 458 is None, not wood"),
-    (lambda d: d["annos_segmentation"][5].update(category_id=300), "2008_000000 has a category that is none"),
-    (lambda d: d["annos_segmentation"][5]["segmentation"].update(counts="1"), "add up"),
-    (lambda d: d.pop("images"), "not Context's annotation file"),
-    (lambda d: d["images"][0].update(height="tall"), "not Context's annotation file")])
-def test_bad_context_json_is_named(tmp_path, damage, words):
-    data, _ = context_json()
-    damage(data)
-    raw_context(tmp_path, data)
-    with pytest.raises(ValueError, match=words) as caught:
-        prepare("context", tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def pack(root, archive):
     """An archive of all that lies in root, as the official ones are: without a leading ./"""
     if archive.suffix == ".zip":
-        return shutil.make_archive(str(archive.with_suffix("")), "zip", root)
+        shutil.make_archive(str(archive.with_suffix("")), "zip", root)
+        return
     with tarfile.open(archive, "w") as tar:
         for path in sorted(root.iterdir()):
             tar.add(path, path.name)
 
 
-ARCHIVES = {"voc": "VOCtrainval_11-May-2012.tar", "context": "VOCtrainval_03-May-2010.tar",
-            "ade20k": "ADEChallengeData2016.zip"}
+# --- Preparation: Context's labels ----------------------------------------------------------------
+
+def context_json(phases=("train", "val", "test")):
+    """trainval_merged.json in small: three images, overlapping masks; and the category of each
+    pixel."""
+    rng = np.random.default_rng(5)
+    ids = datasets.CONTEXT_IDS
+    categories = []
+    for i, name in zip(ids, datasets.CONTEXT_CLASSES):
+        categories.append(
+            {"category_id": i, "name": SPELLING.get(name, name), "onlysemantic": 0}
+        )
+
+    images, annotations, truth = [], [], {}
+    H, W = 10, 12
+    for number, phase in enumerate(phases):
+        name = f"2008_00000{number}"
+        image_id = 2008000000 + number
+        images.append({
+            "image_id": image_id,
+            "file_name": f"{name}.jpg",
+            "height": H,
+            "width": W,
+            "phase": phase,
+        })
+        truth[name] = np.zeros((H, W), int)
+        for _ in range(6):
+            mask = rng.random((H, W)) < 0.4
+            k = int(rng.integers(59))
+            truth[name][mask] = k + 1
+            annotations.append({
+                "id": len(annotations),
+                "image_id": image_id,
+                "category_id": ids[k],
+                "segmentation": {"size": [H, W], "counts": encode_rle(mask)},
+                "area": int(mask.sum()),
+                "iscrowd": 0,
+            })
+    content = {
+        "images": images,
+        "annos_segmentation": annotations,
+        "annos_occlusion": [],
+        "categories": categories,
+    }
+    return content, truth
 
 
-@pytest.mark.parametrize("data", ARCHIVES)
-def test_archives_put_by_hand(make_set, tmp_path, data, capsys):
-    """Unpacked beside what VOCdevkit holds already; a stop while unpacking leaves nothing that looks whole."""
-    out = make_set({"voc": "context", "context": "voc", "ade20k": "voc"}[data], "out")
-    pack(make_set(data), out / ARCHIVES[data])
-    whole = (out / ARCHIVES[data]).read_bytes()
-    (out / ARCHIVES[data]).write_bytes(whole[:len(whole) // 2])
+def raw_context(root, content):
+    """VOC 2010 as its archive has it, and the JSON."""
+    base = root / "VOCdevkit/VOC2010"
+    names = [f"2008_00000{i}" for i in range(3)]
+    write_pairs(base, "JPEGImages", "SegmentationClass", names, 20)
+    (base / "trainval_merged.json").write_text(json.dumps(content))
+    return base
+
+
+def same_labels(files, truth):
+    """Whether the first label is this one, 0 = ignored."""
+    return (files.truth(0).numpy() + np.uint8(1) == truth).all()  # 255 + 1 = 0
+
+
+def test_context_labels_pixel_by_pixel(tmp_path, monkeypatch, capsys):
+    """Also: interrupted after one label, nothing half done is taken for whole; a second run
+    decodes nothing."""
+    content, truth = context_json()
+    base = raw_context(tmp_path, content)
+    calls = []
+
+    def dying(*arguments):
+        calls.append(arguments)
+        if len(calls) == 9:
+            raise ZeroDivisionError
+        return decode_rle(*arguments)
+
+    monkeypatch.setattr(datasets, "decode_rle", dying)
+    with pytest.raises(ZeroDivisionError):
+        prepare("context", tmp_path)
+    assert len(list((base / "SegmentationClassContext").iterdir())) == 1
+    with pytest.raises(FileNotFoundError, match="SegmentationContext/val.txt is missing"):
+        open_split("context", tmp_path, "val")
+
+    calls.clear()  # six more until the next death
+    prepare("context", tmp_path)
+    prepare("context", tmp_path)
+    verify("context", tmp_path)
+    assert len(calls) == 6
+    assert "context val: 1 images with labels (official: 5104" in capsys.readouterr().out
+    for split, name in (("train", "2008_000000"), ("val", "2008_000001")):
+        files = open_split("context", tmp_path, split)
+        assert files.names == [name]
+        assert same_labels(files, truth[name])
+    assert not (base / "SegmentationClassContext/2008_000002.png").exists()  # phase test
+
+
+def test_context_from_its_archive_and_json(tmp_path):
+    """As downloaded by hand: the tar of VOC 2010 and the JSON side by side."""
+    content, truth = context_json()
+    base = raw_context(tmp_path / "made", content)
+    root = tmp_path / "root"
+    root.mkdir()
+    (base / "trainval_merged.json").rename(root / "trainval_merged.json")
+    pack(tmp_path / "made", root / ARCHIVES["context"])
+    prepare("context", root)
+    assert same_labels(open_split("context", root, "val"), truth["2008_000001"])
+
+
+def put_vocs_classes_first(content):
+    names = ["aeroplane", "bicycle", *(c["name"] for c in content["categories"])]
+    for category, name in zip(content["categories"], names):
+        category["name"] = name
+
+
+def drop_a_category(content):
+    content["categories"].pop()
+
+
+def use_an_unknown_category(content):
+    content["annos_segmentation"][5]["category_id"] = 300
+
+
+def cut_run_lengths(content):
+    content["annos_segmentation"][5]["segmentation"]["counts"] = "1"
+
+
+def drop_the_images(content):
+    content.pop("images")
+
+
+def give_a_height_in_words(content):
+    content["images"][0]["height"] = "tall"
+
+
+@pytest.mark.parametrize("damage, words", [
+    (put_vocs_classes_first, "category 9 is bicycle, not bag: are VOC's 20 classes first"),
+    (drop_a_category, "category 458 is None, not wood"),
+    (use_an_unknown_category, "2008_000000 has a category that is none"),
+    (cut_run_lengths, "add up"),
+    (drop_the_images, "not Context's annotation file"),
+    (give_a_height_in_words, "not Context's annotation file"),
+])
+def test_bad_context_json_is_named(tmp_path, damage, words):
+    content, _ = context_json()
+    damage(content)
+    raw_context(tmp_path, content)
+    with pytest.raises(ValueError, match=words) as caught:
+        prepare("context", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# --- Preparation: archives ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("data, other", [
+    ("voc", "context"),
+    ("context", "voc"),
+    ("ade20k", "voc"),
+])
+def test_archives_put_by_hand(make_set, data, other, capsys):
+    """Unpacked beside another data set; half an archive leaves nothing that looks whole."""
+    root = make_set(other, "out")
+    archive = root / ARCHIVES[data]
+    pack(make_set(data), archive)
+
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match="could not be unpacked"):
-        prepare(data, out)
-    assert not (out / datasets.LAYOUTS[data].base).exists()
-    (out / ARCHIVES[data]).write_bytes(whole)
-    for _ in range(2):
-        prepare(data, out)
-    verify(data, out)
-    assert len(capsys.readouterr().out.splitlines()) == 2 and len(open_split(data, out, "train")) == 2
-    assert sorted(path.name for path in out.iterdir()) == sorted({"VOCdevkit", ARCHIVES[data],
-                                                                  datasets.LAYOUTS[data].base.split("/")[0]})
+        prepare(data, root)
+    assert not (root / datasets.LAYOUTS[data].base).exists()
+
+    archive.write_bytes(whole)
+    prepare(data, root)
+    prepare(data, root)
+    verify(data, root)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(open_split(data, root, "train")) == 2
+    top = datasets.LAYOUTS[data].base.split("/")[0]
+    assert {path.name for path in root.iterdir()} == {"VOCdevkit", ARCHIVES[data], top}
 
 
 def member(name, kind=tarfile.REGTYPE, link=""):
     info = tarfile.TarInfo(name)
-    info.type, info.linkname, info.size = kind, link, 4 if kind == tarfile.REGTYPE else 0
+    info.type = kind
+    info.linkname = link
+    if kind == tarfile.REGTYPE:
+        info.size = 4
     return info
 
 
 @pytest.mark.parametrize("members", [
-    [member("../evil")], [member("VOCdevkit/../../evil")], [member("/tmp/../{}/evil")],
+    [member("../evil")],
+    [member("VOCdevkit/../../evil")],
+    [member("/tmp/../{}/evil")],
     [member("VOCdevkit/VOC2012", tarfile.SYMTYPE, "../.."), member("VOCdevkit/VOC2012/evil")],
     [member("VOCdevkit/out", tarfile.SYMTYPE, "{}"), member("VOCdevkit/out/evil")],
-    [member("VOCdevkit/evil", tarfile.LNKTYPE, "../secret")]])
+    [member("VOCdevkit/evil", tarfile.LNKTYPE, "../secret")],
+])
 def test_hostile_tar(tmp_path, members):
     (tmp_path / "secret").write_text("mine")
-    (root := tmp_path / "root").mkdir()
+    root = tmp_path / "root"
+    root.mkdir()
     with tarfile.open(root / ARCHIVES["voc"], "w") as tar:
         for info in members:
-            info.name, info.linkname = info.name.format(tmp_path), info.linkname.format(tmp_path)
+            info.name = info.name.format(tmp_path)
+            info.linkname = info.linkname.format(tmp_path)
             tar.addfile(info, io.BytesIO(b"evil"))
     with pytest.raises(ValueError, match="could not be unpacked"):
         prepare("voc", root)
-    assert {path.name for path in tmp_path.rglob("*")} - {"VOCdevkit"} == {ARCHIVES["voc"], "root", "secret"}
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert left - {"VOCdevkit"} == {ARCHIVES["voc"], "root", "secret"}
 
 
 def test_hostile_zip(tmp_path, make_set):
     root = make_set("ade20k", "out/root")
-    pack(root, archive := tmp_path / "out" / ARCHIVES["ade20k"])
+    archive = tmp_path / "out" / ARCHIVES["ade20k"]
+    pack(root, archive)
     shutil.rmtree(root)
     with zipfile.ZipFile(archive, "a") as file:
         for name in ("../evil", "/evil", "ADEChallengeData2016/../../evil"):
@@ -530,81 +1045,113 @@ def test_hostile_zip(tmp_path, make_set):
         link.external_attr = 0o120777 << 16
         file.writestr(link, "/etc")
     prepare("ade20k", archive.parent)
-    assert not list(tmp_path.rglob("evil")) and not any(path.is_symlink() for path in tmp_path.rglob("*"))
+    assert not list(tmp_path.rglob("evil"))
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
 
+
+# --- Preparation: downloads -----------------------------------------------------------------------
 
 @pytest.fixture
 def server():
-    """A server of one file, .content; .ranges: give parts; .cut: say more than comes; .asked: the ranges asked for."""
+    """A server of one file, .content; .cut: how many bytes of it come before it hangs up; .asked:
+    how often it was asked."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            asked = self.headers.get("Range")
-            self.server.asked.append(asked)
-            start = int(asked[6:-1]) if asked and self.server.ranges else 0
-            if start >= len(self.server.content):
-                return self.send_error(416)
-            self.send_response(206 if asked and self.server.ranges else 200)
-            self.send_header("Content-Length", str(len(self.server.content) - start))
+            self.server.asked += 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(self.server.content)))
             self.end_headers()
-            self.wfile.write(self.server.content[start:self.server.cut])
+            try:
+                self.wfile.write(self.server.content[:self.server.cut])
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # who asks only whether the address leads elsewhere does not read the answer
 
         def log_message(self, *_):
             pass
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.ranges, server.cut = [], True, None
-    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+    server.asked = 0
+    server.cut = None
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
 def served_voc(server, make_set, tmp_path, monkeypatch):
-    """A small VOC as the only archive of the world: (folder to prepare, server)."""
+    """A small VOC as the only archive of the world: (folder to prepare, path of the archive)."""
     pack(make_set("voc"), tmp_path / ARCHIVES["voc"])
     server.content = (tmp_path / ARCHIVES["voc"]).read_bytes()
-    address = f"http://127.0.0.1:{server.server_port}/{ARCHIVES['voc']}"
-    layout = datasets.LAYOUTS["voc"]._replace(archive=address, md5=hashlib.md5(server.content).hexdigest())
+    layout = dataclasses.replace(
+        datasets.LAYOUTS["voc"],
+        archive=f"http://127.0.0.1:{server.server_port}/{ARCHIVES['voc']}",
+        md5=hashlib.md5(server.content).hexdigest(),
+    )
     monkeypatch.setitem(datasets.LAYOUTS, "voc", layout)
-    return tmp_path / "new", server
+    root = tmp_path / "new"
+    return root, root / ARCHIVES["voc"]
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_download_goes_on_where_it_broke_off(served_voc, ranges):
-    root, server = served_voc
-    server.ranges, server.cut = ranges, 5000
-    with pytest.raises(OSError, match="could not be fetched.*broke off.*can be put at"):
-        prepare("voc", root, download=True)
-    assert (root / f"{ARCHIVES['voc']}.part").stat().st_size == 5000
-    server.cut = None
+def test_download(served_voc, server):
+    """Fetched, checked, unpacked; a second time nothing is fetched."""
+    root, archive = served_voc
     assert len(open_split("voc", root, "val", download=True)) == 2
+    assert archive.read_bytes() == server.content
+    asked = server.asked
     shutil.rmtree(root / "VOCdevkit")
-    prepare("voc", root, download=True)  # the archive is there: nothing is fetched
-    assert server.asked == ["bytes=0-", "bytes=5000-"] and (root / ARCHIVES["voc"]).read_bytes() == server.content
-
-
-def test_download_that_is_whole_or_wrong_or_dead(served_voc):
-    root, server = served_voc
-    root.mkdir()
-    part = root / f"{ARCHIVES['voc']}.part"
-    part.write_bytes(server.content[:-1] + b"?")
-    with pytest.raises(ValueError, match="not have the md5.*can be put at"):
-        prepare("voc", root, download=True)
-    assert not part.exists() and server.asked == [f"bytes={len(server.content)}-"]
-    (root / ARCHIVES["voc"]).write_bytes(b"a copy of something else")
-    with pytest.raises(ValueError, match="not have the md5"):
-        prepare("voc", root, download=True)
-    (root / ARCHIVES["voc"]).unlink()
-    part.write_bytes(server.content)  # whole, but not yet renamed
     prepare("voc", root, download=True)
+    assert server.asked == asked
+    assert {path.name for path in root.iterdir()} == {"VOCdevkit", archive.name}
+
+
+def test_download_that_breaks_off(served_voc, server):
+    """Nothing is left that a later run would take for the archive; it starts again and succeeds."""
+    root, archive = served_voc
+    server.cut = 5000
+    expected = r"http://127.* does not have the md5.*copy with md5 \w+ can be put at .*2012.tar$"
+    with pytest.raises((OSError, ValueError), match=expected) as caught:
+        prepare("voc", root, download=True)
+    assert "\n" not in str(caught.value)
+    assert not list(root.iterdir())
+    server.cut = None
+    prepare("voc", root, download=True)
+    assert len(open_split("voc", root, "val")) == 2
+
+
+def test_download_of_something_else(served_voc, server):
+    root, archive = served_voc
+    server.content = b"<html>moved"
+    with pytest.raises(ValueError, match="does not have the md5.*can be put at"):
+        prepare("voc", root, download=True)
+    assert not list(root.iterdir())
+
+
+def test_a_file_with_the_wrong_md5_is_refused_and_stays(served_voc, server):
+    root, archive = served_voc
+    root.mkdir()
+    archive.write_bytes(b"a copy of something else")
+    with pytest.raises(ValueError, match="2012.tar does not have the md5 .*: move it away"):
+        prepare("voc", root, download=True)
+    assert archive.read_bytes() == b"a copy of something else"
+    assert server.asked == 0
+
+
+def test_download_from_a_dead_host(served_voc, server):
+    root, archive = served_voc
     server.shutdown()
     server.server_close()
-    shutil.rmtree(root)
-    with pytest.raises(OSError, match=r"http://127.*could not be fetched.*copy with md5 \w+ can be put at .*2012.tar"):
+    expected = r"http://127.*could not be fetched.*copy with md5 \w+ can be put at .*2012.tar"
+    with pytest.raises(OSError, match=expected):
         prepare("voc", root, download=True)
+    assert not list(root.iterdir())
 
 
-def value(path, number):
-    Image.fromarray(np.full((10, 12), number, np.uint8)).save(path)
+# --- Preparation: what people get wrong -----------------------------------------------------------
+
+VOC = "VOCdevkit/VOC2012"
+CONTEXT = "VOCdevkit/VOC2010"
+ADE = "ADEChallengeData2016"
 
 
 def move(old, new):
@@ -616,10 +1163,32 @@ def move(old, new):
     return damage
 
 
-VOC, CONTEXT, ADE = "VOCdevkit/VOC2012", "VOCdevkit/VOC2010", "ADEChallengeData2016"
+def remove(path):
+    """A trap: a file or folder is missing."""
+    def damage(root):
+        if (root / path).is_dir():
+            shutil.rmtree(root / path)
+        else:
+            (root / path).unlink()
+    return damage
+
+
+def label(path, value):
+    """A trap: a label holds nothing but this value."""
+    def damage(root):
+        Image.fromarray(np.full((10, 12), value, np.uint8)).save(root / path)
+    return damage
+
+
+def new_image(path, mode, size):
+    """A trap: another image in the place of a label."""
+    def damage(root):
+        Image.new(mode, size).save(root / path)
+    return damage
 
 
 def full_ade(root):
+    """A trap: the full ADE20K, which has its masks beside its images."""
     shutil.rmtree(root / ADE / "images")
     (root / ADE / "images/ADE/training").mkdir(parents=True)
     (root / ADE / "images/ADE/training/a_seg.png").touch()
@@ -636,13 +1205,14 @@ def full_ade(root):
     ("ade20k", move(ADE, "ADE20K_2021_17_01"), "is the full ADE20K"),
     ("ade20k", full_ade, "a_seg.png is the full ADE20K"),
     ("ade20k", move(ADE, "other"), "must be the folder that holds ADEChallengeData2016"),
-    ("voc", lambda r: Image.new("RGB", (12, 10)).save(r / VOC / "SegmentationClass/a.png"), "RGB copy"),
-    ("context", lambda r: value(r / CONTEXT / "SegmentationClassContext/a.png", 60), "60-class or 459-class"),
-    ("ade20k", lambda r: value(r / ADE / "annotations/validation/a.png", 151), "151.*full ADE20K"),
-    ("voc", lambda r: (r / VOC / "JPEGImages/c.jpg").unlink(), "c.jpg is named.*not exist"),
-    ("ade20k", lambda r: (r / ADE / "annotations/training/b.png").unlink(), "b.png is missing"),
-    ("voc", lambda r: Image.new("L", (3, 3)).save(r / VOC / "SegmentationClass/d.png"), r"label is \(3, 3\)"),
-    ("context", lambda r: shutil.rmtree(r / CONTEXT / "ImageSets"), "trainval_merged.json is missing")])
+    ("voc", new_image(f"{VOC}/SegmentationClass/a.png", "RGB", (12, 10)), "RGB copy"),
+    ("context", label(f"{CONTEXT}/SegmentationClassContext/a.png", 60), "60-class or 459-class"),
+    ("ade20k", label(f"{ADE}/annotations/validation/a.png", 151), "151.*full ADE20K"),
+    ("voc", remove(f"{VOC}/JPEGImages/c.jpg"), "c.jpg is named.*not exist"),
+    ("ade20k", remove(f"{ADE}/annotations/training/b.png"), "b.png is missing"),
+    ("voc", new_image(f"{VOC}/SegmentationClass/d.png", "L", (3, 3)), r"annotation is \(3, 3\)"),
+    ("context", remove(f"{CONTEXT}/ImageSets"), "trainval_merged.json is missing"),
+])
 def test_traps_are_named(make_set, data, damage, words):
     root = make_set(data)
     prepare(data, root)
@@ -654,13 +1224,29 @@ def test_traps_are_named(make_set, data, damage, words):
     assert "\n" not in str(caught.value)
 
 
-# As the provenance of the lent files lists them.
-REAL = {"voc": ((3, [0, 5, 6, 7, 9, 15, 18, 255]), (17, [0, 1, 2, 3, 4, 5, 8, 12, 15, 16, 17, 18, 19, 20, 255])),
-        "context": ((2, [0, 7, 29, 30, 34, 37, 47, 57, 59]),
-                    (2, [0, 11, 12, 14, 18, 23, 26, 29, 33, 37, 41, 45, 47, 50, 53, 56])),
-        "ade20k": ((3, [0, 2, 3, 5, 7, 12, 13, 21, 44, 84, 87, 88, 103, 105, 117, 124, 128, 137, 139]),
-                   (5, [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 23, 24, 25, 28, 31, 37, 40,
-                        44, 50, 65, 67, 68, 81, 83, 88, 97, 98, 99, 103, 136, 143]))}
+# --- Preparation: real files, the command ---------------------------------------------------------
+
+# (number of images, values in their labels) of train and val, as the provenance of the lent files
+# lists them.
+REAL = {
+    "voc": (
+        (3, [0, 5, 6, 7, 9, 15, 18, 255]),
+        (17, [0, 1, 2, 3, 4, 5, 8, 12, 15, 16, 17, 18, 19, 20, 255]),
+    ),
+    "context": (
+        (2, [0, 7, 29, 30, 34, 37, 47, 57, 59]),
+        (2, [0, 11, 12, 14, 18, 23, 26, 29, 33, 37, 41, 45, 47, 50, 53, 56]),
+    ),
+    "ade20k": (
+        (3, [
+            0, 2, 3, 5, 7, 12, 13, 21, 44, 84, 87, 88, 103, 105, 117, 124, 128, 137, 139,
+        ]),
+        (5, [
+            0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 23, 24, 25, 28, 31,
+            37, 40, 44, 50, 65, 67, 68, 81, 83, 88, 97, 98, 99, 103, 136, 143,
+        ]),
+    ),
+}
 
 
 @pytest.mark.parametrize("data", REAL)
@@ -669,22 +1255,45 @@ def test_prepare_real_files(shared, tmp_path, data, capsys):
     shutil.copytree(shared(top), tmp_path / top)
     prepare(data, tmp_path)
     verify(data, tmp_path)
-    told = capsys.readouterr().out.splitlines()
-    for line, split, (count, seen) in zip(told, ("train", "val"), REAL[data], strict=True):
-        classes = {*seen} - {0, 255}
-        assert line.startswith(f"{data} {split}: {count} pictures") and f" {len(classes)} of " in line
+    lines = capsys.readouterr().out.splitlines()
+    names = datasets.DATA[data].classes
+
+    for line, split, (count, values) in zip(lines, ("train", "val"), REAL[data], strict=True):
+        classes = {value - 1 for value in values if value not in (0, 255)}
+        assert line.startswith(f"{data} {split}: {count} images")
+        assert f" {len(classes)} of {len(names)} classes occur" in line
+        missing = ", ".join(name for c, name in enumerate(names) if c not in classes)
+        assert line.endswith(f"; in no label: {missing}")
+
         files = open_split(data, tmp_path, split)
-        labels = torch.cat([files.label(i).unique() for i in range(count)])
-        assert {*labels.tolist()} - {255} == {c - 1 for c in classes}
+        truths = torch.cat([files.truth(i).unique() for i in range(count)])
+        assert set(truths.tolist()) - {IGNORE} == classes
 
 
 def test_the_command(make_set):
     """What it prints, and one sentence with exit code 1."""
-    command = [sys.executable, datasets.__file__, "--prepare", "voc", "--root", str(root := make_set("voc"))]
+    root = make_set("voc")
+    command = [sys.executable, datasets.__file__, "--prepare", "voc", "--root", str(root)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[1] == (
-        "voc val: 2 pictures with labels (official: 1449), label values 0 to 20, 20 of 20 classes")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[1] == (
+        "voc val: 2 images with labels (official: 1449), 20 of 20 classes occur"
+    )
+
     shutil.rmtree(root / "VOCdevkit")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert re.fullmatch("datasets.py: .*VOC2012 does not exist: --root must be.*\n", done.stderr)
+    expected = (
+        r"datasets.py: .*VOC2012 does not exist: root must be the folder that holds "
+        rf"VOCdevkit/VOC2012; python datasets.py --prepare voc --root {re.escape(str(root))} "
+        r"--download fetches it\n"
+    )
+    assert re.fullmatch(expected, done.stderr)
+
+
+def test_nothing_else_of_the_project_is_imported():
+    """datasets.py can be copied alone."""
+    code = "import sys, datasets; print(sorted({'clip_model', 'reclip', 'train'} & {*sys.modules}))"
+    folder = Path(datasets.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert done.stdout == "[]\n"

@@ -1,6 +1,5 @@
 """train.py under torchrun, with two gloo processes on the CPU: gradients, determinism, and what a killed rank does."""
 
-import argparse
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ from torch import nn
 
 import train
 from conftest import ROOT
-from reclip import ReCLIP
+from reclip import ReCLIP, contrastive_loss, gumbel_softmax_masks, masked_features
 
 
 def free_port():
@@ -53,7 +52,7 @@ def gradients_of_rank(rank, port, file):
 
 
 def one_step(first, count):
-    """Gradients of Eq. (1)-(5) on `count` of four pictures, from `first` on, through train.Objective."""
+    """Gradients of Eq. (1)-(5) on `count` of four images, from `first` on, through train.average_gradients."""
     from clip_model import load_clip
     from datasets import DATA
     torch.manual_seed(0)
@@ -62,14 +61,16 @@ def one_step(first, count):
     Z = model.features(torch.rand(4, 3, 64, 64))      # tau_1: the masks hardly feel the noise, which differs by rank
     labels = torch.rand(4, 8) > 0.5
     labels[:, 0] = True
-    parts = {"reference": model.reference, "positional": model.positional}
-    objective = train.Objective(parts, lambda batch: model.loss(*batch))
-    if dist.is_initialized():
-        objective = nn.parallel.DistributedDataParallel(objective)
+    parts = model.bias_modules()
+    parameters = [p for part in parts.values() for p in part.parameters()]
     torch.manual_seed(7)
     noise = torch.distributions.Gumbel(0, 1).sample((4, 8, 8, 8))
     original, nn.functional.gumbel_softmax = nn.functional.gumbel_softmax, seeded_masks(noise[first:first + count])
-    objective(Z[first:first + count], labels[first:first + count]).backward()
+    Z, labels = Z[first:first + count], labels[first:first + count]
+    masks = gumbel_softmax_masks(model.rectify(Z).rectified, model.tau_1)
+    pooled = masked_features(Z, masks, model.pool)
+    contrastive_loss(pooled, model.W_q, labels, model.tau).backward()
+    train.average_gradients(parameters)
     nn.functional.gumbel_softmax = original
     return {f"{name}.{key}": p.grad for name, part in parts.items() for key, p in part.named_parameters()}
 
@@ -102,16 +103,18 @@ def test_two_ranks_see_different_pictures_write_once_and_resume(command, tmp_pat
         train.main(command("run", "--resume"))
 
 
-def test_ranks_share_the_stream_without_overlap(monkeypatch):
+def test_ranks_share_the_stream_without_overlap(monkeypatch, tmp_path):
     """Five steps of two ranks with three pictures each are the first thirty of the stream, each once."""
     class Stream(torch.utils.data.Dataset):
         def __getitem__(self, s):
             return torch.tensor([s]), "any"
-    args, seen = argparse.Namespace(device="cpu", workers=0), []
+    seen = []
     for rank in range(2):
         monkeypatch.setattr(train, "rank_and_world", lambda: (rank, 2))
-        batches = train.labelled_batches(args, Stream(), {"any": [1]}, 2, 3, 0, 5)
-        seen.append([pictures.flatten().tolist() for (pictures, present), _ in batches])
+        run = train.Run("rectify", tmp_path, {})
+        run.begin({}, None, steps=5, images_per_step=6, images_per_epoch=30)
+        batches = run.batches(Stream(), 3)
+        seen.append([images.flatten().tolist() for _, images, _ in batches])
         assert [len(batch) for batch in seen[rank]] == [3] * 5
     assert sorted(sum(seen[0] + seen[1], [])) == list(range(30))
     assert sorted(seen[0][1] + seen[1][1]) == list(range(6, 12))  # the second step

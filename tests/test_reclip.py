@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import reclip
-from clip_model import ATTENTIONS, load_clip, normalise
-from reclip import (PROMPTS, ConstantBias, PositionalBias, ReCLIP, ReferencePrompt, bias_logits, contrastive_loss,
+from clip_model import ATTENTIONS, load_clip, normalize_pixels
+from reclip import (PROMPTS, PositionalBias, ReCLIP, ReferencePrompt, bias_logits, contrastive_loss,
                     gumbel_softmax_masks, image_level_labels, masked_features, query_text_features, rectify_logits,
                     segmentation_logits)
 from test_clip_model import encode_prompted_plain
@@ -43,6 +43,13 @@ def pictures(batch=2, height=13, width=18):
     return torch.rand(batch, 3, height, width, dtype=torch.float64)
 
 
+def loss_of(model, Z, labels):
+    """Eq. (1)-(5) as train_rectification spells them out; scalar."""
+    masks = reclip.gumbel_softmax_masks(model.rectify(Z).rectified, model.tau_1)
+    pooled = masked_features(Z, masks, model.pool)
+    return contrastive_loss(pooled, model.W_q, labels, model.tau)
+
+
 def noise_of(seed, logits):
     """The Gumbel noise that PyTorch draws for these logits: minus the logarithm of exponential samples."""
     torch.manual_seed(seed)
@@ -65,7 +72,7 @@ def test_prompts():
 
 
 def test_query_text_features(clip):
-    # text by text: normalise, mean over prompts and synonyms, normalise
+    # text by text: normalize_pixels, mean over prompts and synonyms, normalize_pixels
     clip, prompts = clip.double(), PROMPTS[::17]
     expected = []
     for synonyms in (["cat"], ["dog", "tree"], ["grass in the scene"]):
@@ -225,10 +232,10 @@ def test_parts_of_the_model(make_model, clip, channels):
     # forward = Eq. 1-3 of its parts; Z has length 1
     model, images = make_model(positional_channels=channels).eval(), pictures()
     out = model(images)
-    dense = clip.encode_image_dense(normalise(images))
+    dense = clip.encode_image_dense(normalize_pixels(images))
     close(out.features, dense / dense.square().sum(1, keepdim=True).sqrt())
     close(out.query, torch.stack([torch.tensordot(z, model.W_q, ([0], [1])).permute(2, 0, 1) for z in out.features]))
-    W_r = encode_prompted_plain(clip, model.reference.vectors, model.reference.names)
+    W_r = encode_prompted_plain(clip, model.reference.vectors, model.reference.name_tokens)
     close(out.reference, torch.stack([torch.tensordot(z, W_r / W_r.norm(), ([0], [1])).permute(2, 0, 1)
                                       for z in out.features]))
     M_p = torch.zeros(1, 4, 5, dtype=torch.float64)
@@ -243,7 +250,7 @@ def test_parts_of_the_model(make_model, clip, channels):
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_attention_of_the_features(make_model, clip, attention):
     model, images = make_model(attention=attention).eval(), pictures()
-    dense = clip.encode_image_dense(normalise(images), attention)
+    dense = clip.encode_image_dense(normalize_pixels(images), attention)
     close(model(images).features, dense / dense.square().sum(1, keepdim=True).sqrt())
 
 
@@ -264,7 +271,7 @@ def test_learnable_query(make_model, clip):
     assert torch.equal(start.query.vectors, clip.token_embedding.weight[0].expand(6, -1))
     model.query.vectors.data += 0.1 * torch.randn_like(model.query.vectors)
     out = model.eval()(images)
-    W = encode_prompted_plain(clip, model.query.vectors, model.query.names)
+    W = encode_prompted_plain(clip, model.query.vectors, model.query.name_tokens)
     close(out.query, torch.einsum("bdhw,cd->bchw", out.features, W / W.square().sum(1, keepdim=True).sqrt()))
     close(out.rectified, out.query - out.reference)
     close(out.reference, make_model().eval()(images).reference)
@@ -278,21 +285,6 @@ def test_queries_that_start_alike_differ_in_scale(clip):
     assert ratio.std(dim=(0, 2, 3)).max() < 1e-3 and 1.5 < ratio.mean() < 2.5
 
 
-def test_constant_bias(make_model):
-    # one number a class, zero at first, the same at every position of every size
-    model, images = make_model(constant_bias=True, positional_channels=0).eval(), pictures()
-    assert isinstance(model.positional, ConstantBias)
-    assert torch.equal(model(images).positional, torch.zeros(1, 4, 4, 5, dtype=torch.float64))
-    model.train()
-    numbers = torch.tensor([0.1, -0.2, 0.3, 0.0], dtype=torch.float64)
-    model.positional.numbers.data.copy_(10 * numbers)  # the factor in front is 0.1
-    for size, grid in (((13, 18), (4, 5)), ((18, 13), (5, 4))):
-        out = model.eval()(pictures(2, *size))
-        assert out.positional.shape == (1, 4, *grid)
-        for c in range(4):
-            close(out.rectified[:, c], out.query[:, c] - out.reference[:, c] - numbers[c])
-
-
 def test_a_positional_logit_shared_by_all_classes_does_nothing(make_model):
     # Eq. 2 as printed: it cancels in argmax, in the Gumbel masks, in the loss, in every gradient
     without, shared, per_class = (make_model(positional_channels=c, tau_1=0.05).train() for c in (0, 1, None))
@@ -303,7 +295,7 @@ def test_a_positional_logit_shared_by_all_classes_does_nothing(make_model):
         torch.manual_seed(3)
         masks.append((rectified.argmax(1), gumbel_softmax_masks(rectified, 0.05).argmax(1)))
         torch.manual_seed(3)
-        losses.append(model.loss(model.features(images), labels))
+        losses.append(loss_of(model, model.features(images), labels))
         losses[-1].backward()
     assert shared(images).positional.std() > 0.1  # it is there, and yet:
     assert torch.equal(masks[0][0], masks[1][0]) and torch.equal(masks[0][1], masks[1][1])
@@ -376,7 +368,7 @@ def test_image_labels(make_model, clip):
     model, thumbnails = make_model(), pictures(3, 12, 12)
     similarity = torch.empty(3, 4, dtype=torch.float64)
     for b, c in np.ndindex(3, 4):
-        v = clip.encode_image(normalise(thumbnails[b:b + 1]))[0]
+        v = clip.encode_image(normalize_pixels(thumbnails[b:b + 1]))[0]
         similarity[b, c] = 100 * (v * model.W_q[c]).sum() / v.square().sum().sqrt()
     close(model.image_similarity(thumbnails), similarity)
     threshold = similarity.flatten().sort().values[5].item() + 1e-6
@@ -434,14 +426,14 @@ LABELS = torch.tensor([[True, False, True, True], [False, True, False, False]])
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(pool="mask", tau=0.02, tau_1=0.01, reference_norm="class"),
-                                      dict(subtract=False), dict(query_learnable=True, constant_bias=True)])
+                                      dict(subtract=False), dict(query_learnable=True)])
 def test_loss_from_beginning_to_end(make_model, clip, settings):
     # Eq. 1-5 by the loops above, with the same noise
     clip.logit_scale.data.fill_(np.log(1 / 0.05))
     model, images = make_model(**settings).eval(), pictures()
     M, Z = model(images).rectified.detach(), model(images).features
     torch.manual_seed(5)
-    loss = model.loss(model.features(images), LABELS)
+    loss = loss_of(model, model.features(images), LABELS)
     tau_1, tau = settings.get("tau_1", 0.001), settings.get("tau", 0.05)  # tau: 1 / exp(logit scale)
     best = (M / tau_1 + noise_of(5, M)).argmax(1)
     masks = torch.stack([(best == c).double() for c in range(4)], dim=1)
@@ -453,14 +445,14 @@ def test_loss_of_a_batch_is_the_mean_over_pictures(make_model, monkeypatch):
     model, images = make_model().train(), pictures()
     monkeypatch.setattr(reclip, "gumbel_softmax_masks",  # no noise
                         lambda M, tau_1: F.one_hot(M.argmax(1), 4).permute(0, 3, 1, 2).double())
-    single = [model.loss(model.features(images[i:i + 1]), LABELS[i:i + 1]) for i in range(2)]
-    close(model.loss(model.features(images), LABELS), (single[0] + single[1]) / 2)
+    single = [loss_of(model, model.features(images[i:i + 1]), LABELS[i:i + 1]) for i in range(2)]
+    close(loss_of(model, model.features(images), LABELS), (single[0] + single[1]) / 2)
     assert (single[0] - single[1]).abs() > 1e-6
 
 
 def test_only_what_is_learnt_gets_gradients(make_model):
     model = make_model(tau_1=0.05).train()
-    model.loss(model.features(pictures()), LABELS).backward()
+    loss_of(model, model.features(pictures()), LABELS).backward()
     for name, parameter in model.named_parameters():
         if name.startswith("clip."):
             assert parameter.grad is None and not parameter.requires_grad, name
@@ -472,13 +464,12 @@ def test_only_what_is_learnt_gets_gradients(make_model):
 
 
 @pytest.mark.parametrize("settings, parts", [(dict(query_learnable=True), {"query", "reference", "positional"}),
-                                             (dict(constant_bias=True), {"reference", "positional"}),
                                              (dict(subtract=False), {"reference", "positional"})])
 def test_gradients_of_the_ablations(make_model, settings, parts):
     model = make_model(tau_1=0.05, **settings).train()
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name.split(".")[0] for name in learnt} == parts
-    model.loss(model.features(pictures()), LABELS).backward()
+    loss_of(model, model.features(pictures()), LABELS).backward()
     for name, parameter in learnt.items():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
@@ -487,7 +478,7 @@ def test_a_learnt_query_does_not_move_the_targets(make_model, monkeypatch):
     # Eq. (5) with masks that carry no gradient: nothing is left that the prompts could move
     model = make_model(query_learnable=True).train()
     monkeypatch.setattr(reclip, "gumbel_softmax_masks", lambda M, tau_1: M.detach().softmax(1))
-    assert not model.loss(model.features(pictures()), LABELS).requires_grad
+    assert not loss_of(model, model.features(pictures()), LABELS).requires_grad
 
 
 def fixed_loss(model, images, labels, draws=10):
@@ -495,7 +486,7 @@ def fixed_loss(model, images, labels, draws=10):
     total = 0
     for seed in range(draws):
         torch.manual_seed(seed)
-        total += model.loss(model.features(images), labels).item() / draws
+        total += loss_of(model, model.features(images), labels).item() / draws
     return total
 
 
@@ -509,7 +500,7 @@ def test_training_lowers_the_loss_and_leaves_clip_alone(make_model, clip, channe
     for step in range(30):
         torch.manual_seed(100 + step)
         optimizer.zero_grad()
-        model.loss(model.features(images), LABELS).backward()
+        loss_of(model, model.features(images), LABELS).backward()
         optimizer.step()
     end = fixed_loss(model, images, LABELS)
     assert end < start - 0.02, (start, end)
@@ -523,12 +514,12 @@ def test_eval_forgets_after_training(make_model):
     old = model(images)
     assert torch.equal(model(images).rectified, old.rectified)
     model.train()
-    model.loss(model.features(images), LABELS).backward()
+    loss_of(model, model.features(images), LABELS).backward()
     with torch.no_grad():
         for parameter in (model.reference.vectors, *model.positional.parameters()):
             parameter -= 0.1 * parameter.grad.sign()
     new = model.eval()(images)
-    W_r = encode_prompted_plain(model.clip, model.reference.vectors, model.reference.names)
+    W_r = encode_prompted_plain(model.clip, model.reference.vectors, model.reference.name_tokens)
     close(new.reference, torch.einsum("bdhw,cd->bchw", new.features, W_r / W_r.norm()))
     grid = model.clip.visual.positional_grid(4, 5)[0]
     close(new.positional[0], plain_positional(model.positional.state_dict(), grid, False, True))
@@ -596,7 +587,7 @@ def test_save_and_load(saved, given):
 
 
 @pytest.mark.parametrize("settings", [dict(attention="naclip"), dict(query_learnable=True, positional_channels=0),
-                                      dict(subtract=False), dict(constant_bias=True)])
+                                      dict(subtract=False)])
 def test_save_and_load_of_the_ablations(make_model, clip, tmp_path, settings):
     model, images = make_model(**settings).float(), pictures().float()
     with torch.no_grad():
@@ -619,12 +610,68 @@ def test_settings_name_each_argument(make_model):
 def test_checkpoint_from_before_the_ablations(saved):
     path, model = saved
     content = torch.load(path, weights_only=True)
-    for name in ("attention", "query_learnable", "subtract", "constant_bias"):
+    for name in ("attention", "query_learnable", "subtract"):
         del content["settings"][name]
     torch.save(content, path)
     loaded, images = ReCLIP.load(path, model.clip), pictures().float()
     assert loaded.settings == model.settings and loaded.attention == "maskclip"
     assert torch.equal(loaded(images).rectified, model(images).rectified)
+
+
+def test_files_with_the_constant_bias_of_earlier_versions(saved):
+    # False: dropped. True: a control that is no ReCLIP, refused in one sentence
+    path, model = saved
+    content = torch.load(path, weights_only=True)
+    content["settings"]["constant_bias"] = False
+    torch.save(content, path)
+    assert ReCLIP.load(path, model.clip).settings == model.settings
+    content["settings"]["constant_bias"] = True
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="one number per class.*tests/paper.py") as caught:
+        ReCLIP.load(path, model.clip)
+    assert "\n" not in str(caught.value)
+
+
+def test_cached_texts_follow_a_move(make_model):
+    # a model that has run in eval mode keeps W_r and M_p; .float() and .double() must not leave them
+    model, images = make_model().eval(), pictures()
+    before = model(images)
+    after = model.float()(images.float())
+    assert after.rectified.dtype == torch.float32
+    close(after.rectified.double(), before.rectified, 1e-5)
+    close(model.double()(images).reference, before.reference, 1e-5)
+
+
+def test_cached_texts_follow_loaded_weights(make_model):
+    model, other = make_model().eval(), make_model(seed=1).eval()
+    images = pictures()
+    model(images)
+    model.load_state_dict(other.state_dict())
+    close(model(images).rectified, other(images).rectified)
+
+
+def test_a_model_can_be_pickled(make_model):
+    model, images = make_model().eval(), pictures()
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(images).rectified, model(images).rectified)
+
+
+def test_uint8_images_are_refused(make_model):
+    with pytest.raises(ValueError, match=r"float.*\[0, 1\]") as caught:
+        make_model()(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert "\n" not in str(caught.value)
+
+
+def test_segment_refuses_a_batch():
+    with pytest.raises(ValueError, match=r"one image, \(1, C, h, w\), not 2"):
+        reclip.segment(torch.zeros(2, 3, 4, 4), 4, (16, 16), (16, 16))
+
+
+def test_prompts_that_do_not_fit_say_what_to_pass():
+    clip = load_clip(os.path.join(os.path.dirname(reclip.__file__), "shapes_clip.pt"))
+    with pytest.raises(ValueError, match="give ReCLIP templates .* prompts=") as caught:
+        ReCLIP(clip, ["coin", "ring"])
+    assert "truncate=True" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_saved_file_holds_no_clip(saved):

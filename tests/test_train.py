@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import datasets
-import pretrain
 import train
 from datasets import DATA
 from reclip import ReCLIP
@@ -27,14 +26,15 @@ def learnt(folder):
     return torch.load(folder / "rectify.pt", weights_only=True)["learnt"]
 
 
-def fail_at(monkeypatch, step, effect):
-    """Makes the step-th call of ReCLIP.loss raise or return something else."""
-    calls, loss = [], ReCLIP.loss
+def fail_at(monkeypatch, step, effect, name="contrastive_loss"):
+    """Makes the step-th call of a loss of the loop raise or return something else."""
+    calls, loss = [], getattr(train, name)
 
-    def counted(self, *batch):
+    def counted(*arguments, **more):
         calls.append(1)
-        return effect(loss(self, *batch)) if len(calls) == step else loss(self, *batch)
-    monkeypatch.setattr(ReCLIP, "loss", counted)
+        value = loss(*arguments, **more)
+        return effect(value) if len(calls) == step else value
+    monkeypatch.setattr(train, name, counted)
 
 
 def interrupt(loss):
@@ -129,16 +129,55 @@ def test_learning_rate_follows_the_poly_rule(command, tmp_path):
         [0.01 * (1 - (step // 4) / 200) ** 0.9 for step in range(12)], rel=1e-5)
 
 
+def settings_of(arguments):
+    _, _, settings = train.parse_arguments(arguments)
+    return settings
+
+
+def test_the_learning_rate_of_distillation_has_a_floor(command, tmp_path):
+    """0.01 (1 - epoch / epochs) ** 0.9, never below the floor (released: 1e-4)."""
+    train.main(command("run", "--epochs", "1"))
+    arguments = command("run", "--epochs", "4", "--distill-lr-floor", "0.004", "--student", "tiny",
+                        "--backbone-weights", "none", "--distill-crop", "32", "--distill-batch", "2")
+    train.main(["--stage", "distill", *arguments[2:]])
+    rows = list(csv.DictReader((tmp_path / "run" / "distill_log.csv").open()))
+    expected = [max(0.004, 0.01 * (1 - (step // 2) / 4) ** 0.9) for step in range(8)]
+    assert expected[-1] == 0.004 < expected[3]
+    assert [float(row["lr"]) for row in rows] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_threshold_reaches_the_labels(make_voc, tiny_clip_file, tmp_path):
+    """Each image holds exactly the classes whose similarity is above the threshold."""
+    split = train.open_split("voc", make_voc({"train": 4}), "train")
+    facts, clip = DATA["voc"], train.load_clip(tiny_clip_file)
+    model = train.new_reclip(clip, facts, train.SETTINGS["voc"], seed=0)
+    similarity = {name: model.image_similarity(thumbnail[None])[0]
+                  for thumbnail, name in train.Thumbnails(split, clip.input_resolution)}
+    values = torch.stack(list(similarity.values())).flatten().sort().values
+    threshold = (values[-12] + values[-11]).item() / 2  # of 80 pairs 11 are above
+    settings = dataclasses.replace(train.SETTINGS["voc"], threshold=threshold, top_k=1)
+    labels = train.label_training_set(model, split, settings, {}, tmp_path / "labels.json")
+    above = {name: row > threshold for name, row in similarity.items()}
+    assert sum(int(row.sum()) for row in above.values()) == 11
+    for name, row in labels.items():
+        expected = above[name] if above[name].any() else similarity[name] == similarity[name].max()
+        assert row.dtype == torch.bool and torch.equal(row, expected)
+
+
 def test_every_setting_is_an_option():
-    args = train.parse(["--data", "voc", "--no-flip", "--positional_channels", "1", "--tau", "0.02", "--pool", "mask"])
-    assert args.settings == dataclasses.replace(train.SETTINGS["voc"], flip=False, positional_channels=1, tau=0.02,
+    settings = settings_of(["--data", "voc", "--no-flip", "--positional_channels", "1", "--tau", "0.02", "--pool", "mask"])
+    assert settings == dataclasses.replace(train.SETTINGS["voc"], flip=False, positional_channels=1, tau=0.02,
                                                 pool="mask")
-    assert train.parse(["--stage", "rectify", "--data", "voc"]).settings == train.Settings()
+    assert settings_of(["--stage", "rectify", "--data", "voc"]) == train.Settings()
+    hyphens = settings_of(["--data", "voc", "--positional-channels", "1", "--no-positional-last-relu"])
+    underscores = settings_of(
+        ["--data", "voc", "--positional_channels", "1", "--no-positional_last_relu"])
+    assert hyphens == underscores and hyphens.positional_channels == 1
 
 
 def test_help_shows_defaults_and_sources(capsys):
     with pytest.raises(SystemExit):
-        train.parse(["--help"])
+        train.parse_arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(train.Settings):
         assert f"--{field.name}" in text
@@ -148,32 +187,14 @@ def test_help_shows_defaults_and_sources(capsys):
 @pytest.mark.parametrize("options", [["--no_such_flag"], ["--stage", "dance"], ["--lr", "fast"]])
 def test_unknown_options_end_at_once(options, capsys):
     with pytest.raises(SystemExit) as caught:
-        train.parse(options)
+        train.parse_arguments(options)
     assert caught.value.code == 2 and options[-1] in capsys.readouterr().err
-
-
-def test_pretraining_writes_a_clip_that_loads(tmp_path, monkeypatch):
-    """Three steps of each kind, resumed once; the file is fp16, brings its vocabulary, and loads as any CLIP."""
-    few = dataclasses.replace(pretrain.PretrainSettings(), mosaic_steps=2, steps=4, mosaics=2, scenes=4, mosaic_share=0.5)
-    monkeypatch.setattr(pretrain, "PretrainSettings", lambda: few)
-    train.main(["--stage", "pretrain", "--device", "cpu", "--out", str(tmp_path)])
-    raw = torch.load(tmp_path / "shapes_clip.pt", weights_only=True)
-    assert all(value.dtype == torch.float16 for value in raw["state_dict"].values())
-    clip = train.load_clip(tmp_path / "shapes_clip.pt")
-    tokens = clip.tokenize("a photo of a coin on wood")[0]
-    assert int((tokens > 0).sum()) == 9  # seven words, start and end: each word is one token
-    assert clip.encode_image_dense(torch.zeros(1, 3, 64, 40)).shape == (1, 128, 8, 5)
 
 
 def test_all_stages_on_shapes_end_in_a_table_and_resume(tmp_path, monkeypatch, capsys):
     """The default command, shortened; stopped inside distillation, it goes on with --resume and skips what is done."""
     command = ["--device", "cpu", "--out", str(tmp_path), "--rectify_epochs", "1", "--distill_epochs", "1"]
-    calls, loss = [], train.distillation_loss
-
-    def interrupted(*arguments, **more):
-        calls.append(1)
-        return interrupt(None) if len(calls) == 3 else loss(*arguments, **more)
-    monkeypatch.setattr(train, "distillation_loss", interrupted)
+    fail_at(monkeypatch, 3, interrupt, "distillation_loss")
     monkeypatch.setitem(train.SETTINGS, "shapes", dataclasses.replace(train.SETTINGS["shapes"], distill_batch=256))
     monkeypatch.setitem(DATA, "shapes", dataclasses.replace(DATA["shapes"], splits=("val",)))
     with pytest.raises(KeyboardInterrupt):
@@ -199,13 +220,13 @@ def test_distillation_refuses_a_teacher_of_other_classes(command, tmp_path):
 @pytest.mark.parametrize("options, words", [
     (["--data", "cityscapes"], "--data cityscapes is neither a folder"), (["--stage", "all", "--data", ".", "--classes",
                                                                             "a, b"], "--stage all evaluates"),
-    (["--rectify_batch", "0"], "--rectify_batch is 0"), (["--epochs", "-1"], "--rectify_epochs is -1"),
+    (["--rectify_batch", "0"], "rectify_batch is 0"), (["--epochs", "-1"], "rectify_epochs is -1"),
     (["--split", "nonsense"], "--split nonsense"), (["--device", "cuda:99"], "--device cuda:99"),
-    (["--stage", "pretrain", "--data", "voc"], "--stage pretrain"), (["--seeds", "0"], "--seeds is 0"),
+    (["--stage", "pretrain"], "python tests/pretrain.py"), (["--stage", "paper"], "python tests/paper.py"),
     (["--stage", "rectify", "--prompt_length", "0", "--positional_channels", "0"], "nothing to learn"),
     (["--stage", "rectify", "--clip", "nothing.pt"], "nothing.pt"),
     (["--stage", "rectify", "--data", "voc", "--root", "nowhere", "--clip", "shapes_clip.pt"], "nowhere/VOCdevkit/VOC2012/.* is missing"),
-    (["--stage", "distill"], "python train.py --stage rectify first")])
+    (["--stage", "distill"], "learn one first, with python train.py --stage rectify")])
 def test_bad_input_ends_in_one_sentence(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(train.Path(train.__file__).parent)
     with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
@@ -228,10 +249,8 @@ def test_distillation_resumes_to_the_bit_without_labels_and_knows_its_teacher(co
         return torch.load(tmp_path / out / "distill.pt", weights_only=True)["student"]
 
     whole = distill("whole")
-    calls, loss = [], train.distillation_loss
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "distillation_loss",
-                      lambda *a, **k: interrupt(None) if calls.append(1) or len(calls) == 4 else loss(*a, **k))
+        fail_at(patch, 4, interrupt, "distillation_loss")
         distill("parts")
     assert torch.load(tmp_path / "parts" / "distill_state.pt", weights_only=True)["step"] == 2
     parts = distill("parts", "--resume")
@@ -245,12 +264,12 @@ def test_distillation_resumes_to_the_bit_without_labels_and_knows_its_teacher(co
 def test_cache_keeps_decoded_pictures_and_says_their_size(command, tmp_path, monkeypatch, capsys):
     """Three epochs of 4 pictures, four readings for the estimate of the size, four for the pseudo-labels: kept, each file
     is decoded once; not kept, for every use. What is learnt is the same."""
-    decoded, read = [], datasets.read_picture
-    monkeypatch.setattr(datasets, "read_picture", lambda path, *more: decoded.append(path) or read(path, *more))
+    decoded, read = [], datasets.read_image
+    monkeypatch.setattr(datasets, "read_image", lambda path, *more: decoded.append(path) or read(path, *more))
     train.main(command("kept"))
     assert len(decoded) == len(set(decoded)) + 4  # the estimate comes before the decision
     said = capsys.readouterr().out
-    assert "4 training pictures, decoded about 0.00 GiB: kept in memory" in said
+    assert "4 training images, decoded about 0.00 GiB: kept in memory" in said
     decoded.clear()
     train.main(command("read", "--no-cache"))
     assert len(decoded) == 4 + 4 + 12 and "not kept in memory" in capsys.readouterr().out

@@ -247,7 +247,7 @@ torch.save = short_of_disk
 def test_full_disk(run, tmp_path):
     """No file may grow beyond 1 MB while the second epoch is saved: one sentence, the old files whole, no rest of the
     new one; with room again, --resume ends as if nothing had been."""
-    for more, call, name, step in (([], 3, "rectify_state.pt", 4), (["--resume"], 3, "rectify.pt", 8)):
+    for more, call, name, step in (([], 4, "rectify_state.pt", 4), (["--resume"], 3, "rectify.pt", 8)):
         code, errors = run("parts", *more, epochs=3, before=FULL.format(call=call, limit=1_000_000))
         last = errors.splitlines()[-1]
         assert code == 1 and last.startswith(f"train.py: {tmp_path / 'parts' / name} could not be written (") and (
@@ -352,7 +352,7 @@ def test_no_checkpoint_runs_code(clip, tmp_path):
             "student": {}, "settings": {}, "versions": {}}
     readers = [lambda: load_clip(path), lambda: ReCLIP.load(path), lambda: ReCLIP.load(path, clip),
                lambda: DeepLabV2.load(path), lambda: small_student(backbone_weights=path),
-               lambda: train.read_training_state(path, {}, None, {})]
+               lambda: run_at(path, {}, None, {}).load_state()]
     for reader in readers:
         for content in ({"weight": Hostile(marker)}, good | {"modules": Hostile(marker)}, Hostile(marker)):
             for write in (lambda c: path.write_bytes(pickle.dumps(c)), lambda c: torch.save(c, path),
@@ -392,8 +392,9 @@ def test_pictures_that_claim_to_be_huge(tmp_path, capsys):
     bomb, good = tmp_path / "bomb.png", tmp_path / "good.png"
     bomb.write_bytes(png_header(2 ** 31 - 1, 2 ** 31 - 1))
     Image.new("RGB", (5, 4)).save(good)
-    one_sentence(lambda: Files([bomb], [bomb], 20).picture(0), "bomb.png is not a readable picture")
-    one_sentence(lambda: Evaluation(Files([good], [bomb], 20), 8)[0], "bomb.png is not a readable label")
+    one_sentence(lambda: Files([bomb], [bomb], range(1, 21)).image(0), "bomb.png is not a readable image")
+    one_sentence(lambda: Evaluation(Files([good], [bomb], range(1, 21)), 8)[0],
+                 "bomb.png is not a readable annotation")
     assert Folder(tmp_path).names == ["good.png"]
     assert capsys.readouterr().err.startswith("skipped bomb.png: Image size (4611686014132420609 pixels) exceeds")
 
@@ -413,9 +414,9 @@ def test_a_picture_starts_no_program(tmp_path, monkeypatch, capsys):
         pass
     assert (tmp_path / "marker").exists()  # the trap works
     (tmp_path / "marker").unlink()
-    one_sentence(lambda: Files([tmp_path / "a.jpg"], [], 1).picture(0), "a.jpg is not a readable picture")
-    one_sentence(lambda: Files([], [tmp_path / "a.jpg"], 1).label(0), "a.jpg is not a readable label")
-    one_sentence(lambda: Folder(tmp_path), "holds no readable picture")
+    one_sentence(lambda: Files([tmp_path / "a.jpg"], [], [1]).image(0), "a.jpg is not a readable image")
+    one_sentence(lambda: Files([], [tmp_path / "a.jpg"], [1]).truth(0), "a.jpg is not a readable annotation")
+    one_sentence(lambda: Folder(tmp_path), "holds no readable image")
     assert not (tmp_path / "marker").exists()
 
 
@@ -564,8 +565,17 @@ def small_state():
     return {"learnt": module}, optimiser, {"lr": 0.1, "classes": ["cat", "dog"]}
 
 
+def run_at(path, modules, optimizer, identity):
+    """A train.Run whose training state is the file at path."""
+    run = train.Run("state", path.parent, identity)
+    run.state_path = path
+    run.modules, run.optimizer, run.rows = modules, optimizer, []
+    return run
+
+
 def write_state(path):
-    train.write_training_state(path, 4, *small_state())
+    run_at(path, *small_state()).save_state(3)
+    (path.parent / "state_log.csv").unlink()
 
 
 def kinds_of_checkpoint(make_clip, merges):
@@ -578,7 +588,7 @@ def kinds_of_checkpoint(make_clip, merges):
             "CLIP, TorchScript": (lambda path: save_torchscript(path, clip.state_dict()), load_clip),
             "rectify.pt": (model.save, lambda path: ReCLIP.load(path, clip)),
             "distill.pt": (student.save, DeepLabV2.load),
-            "state": (write_state, lambda path: train.read_training_state(path, *small_state()))}
+            "state": (write_state, lambda path: run_at(path, *small_state()).load_state())}
 
 
 @pytest.mark.parametrize("name", ["CLIP", "CLIP, TorchScript", "rectify.pt", "distill.pt", "state"])
