@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from PIL import Image
 import eval as evaluation
 from conftest import ROOT
 from datasets import DATA, IGNORE, open_split
-from eval import colour_mask, confusion_matrix, draw_grid, scores
-from reclip import segment, slide, strong_classes
+from eval import GREY, WHITE, color_mask, confusion_matrix, draw_grid, scores, slide
+from reclip import segment, strong_classes
 
 
 def test_confusion_matrix_by_hand():
@@ -45,10 +46,10 @@ def test_denoise_drops_weak_classes_only():
     logits[0, :, 0, 0] = torch.tensor([0.20, 0.28, 0.10])
     best = (100 * logits).softmax(1).amax((2, 3))[0]
     assert best[0] > 0.5 and best[1] > 0.9 and best[2] < 0.5
-    assert strong_classes(logits, 0.5).tolist() == [0, 1]
+    assert strong_classes(logits, 0.5).tolist() == [True, True, False]
     flat = torch.zeros(1, 3, 2, 2)
-    assert strong_classes(flat, 0.5).tolist() == [0, 1, 2]  # none passes: none is dropped
-    assert strong_classes(logits, 0.0).tolist() == [0, 1, 2]  # switched off
+    assert strong_classes(flat, 0.5).all()  # none passes: none is dropped
+    assert strong_classes(logits, 0.0).all()  # switched off
 
 
 def test_segment_stays_in_place():
@@ -88,17 +89,26 @@ def test_segment_with_dropped_class_and_background():
     assert segment(logits, 1, (2, 2), (2, 2), denoise=0.5, background=0.35).tolist() == [[1, 2], [2, 2]]
 
 
-def window_mean(picture):
-    """A model of cell 4 whose logits depend on the whole of what it is shown."""
-    h, w = (-(-side // 4) for side in picture.shape[2:])
-    return picture.mean((2, 3))[:, :2, None, None].expand(1, 2, h, w) + torch.arange(h * w).view(1, 1, h, w)
+class WindowMean:
+    """A model of output stride 4 whose logits depend on the whole of what it is shown."""
+    output_stride = 4
+
+    def __call__(self, image):
+        h, w = (-(-side // 4) for side in image.shape[2:])
+        mean = image.mean((2, 3))[:, :2, None, None].expand(1, 2, h, w)
+        logits = mean + torch.arange(h * w).view(1, 1, h, w)
+        return SimpleNamespace(rectified=logits)
+
+
+def window_mean(image):
+    return WindowMean()(image).rectified
 
 
 def test_sliding_windows_by_hand():
     """A 22 x 38 picture, cells of 4 (6 x 10 of them), windows of 16 every 8: each cell against the mean over the windows
     that cover it, listed by hand."""
     picture = torch.rand(1, 3, 22, 38)
-    result = slide(window_mean, picture, 4, 16, 8)
+    result = slide(WindowMean(), "rectified", picture, 16, 8)
     expected = [[[] for _ in range(10)] for _ in range(6)]
     for top in (0, 2):                # the last one is moved back: 6 cells hold no window at 4
         for left in (0, 2, 4, 6):
@@ -108,21 +118,48 @@ def test_sliding_windows_by_hand():
                     expected[top + i][left + j].append(part[:, i, j])
     expected = torch.stack([torch.stack([torch.stack(cell).mean(0) for cell in row], 1) for row in expected], 1)
     assert result.shape == (1, 2, 6, 10) and torch.allclose(result[0], expected, atol=1e-6)
-    whole = slide(window_mean, picture, 4, 64, 64)
+    whole = slide(WindowMean(), "rectified", picture, 64, 64)
     assert torch.equal(whole, window_mean(picture))  # a window larger than the picture is the picture
 
 
-def test_drawing(tmp_path):
+def test_masks_are_grey_where_nothing_is_evaluated():
+    """In the truth and in a model's mask alike: what a model says there is neither right nor wrong."""
     palette = [(255, 0, 0), (0, 255, 0)]
-    image = colour_mask(torch.tensor([[0, 1], [IGNORE, 1]]), palette)
-    assert [image.getpixel(p) for p in ((0, 0), (1, 0), (0, 1))] == [(255, 0, 0), (0, 255, 0), evaluation.UNSEEN]
+    truth, mask = torch.tensor([[0, 1], [IGNORE, 1]]), torch.tensor([[1, 1], [0, 0]])
+    colors = color_mask(truth, palette)
+    assert colors.dtype == torch.uint8 and colors.shape == (3, 2, 2)
+    assert [tuple(colors[:, y, x].tolist()) for y, x in ((0, 0), (0, 1), (1, 0))] == [*palette, GREY]
+    colors = color_mask(mask, palette, truth)
+    assert [tuple(colors[:, y, x].tolist()) for y, x in ((0, 0), (1, 0), (1, 1))] == [
+        (0, 255, 0), GREY, (255, 0, 0)]
+
+
+def test_the_picture_of_an_evaluation_has_grey_ground(tmp_path):
+    """Each column of masks has exactly the truth's grey pixels."""
+    dataset = evaluation.Evaluation(open_split("shapes", None, "val"), 64)
+    facts = DATA["shapes"]
+    model = evaluation.open_model("clip", None, facts)
+    protocol = evaluation.Protocol(64)
+    sheet = evaluation.draw_examples([(model, "clip")], dataset, facts, protocol, count=2)
+    grey = (np.array(sheet.convert("RGB")) == GREY).all(-1)
+    truth, clip = grey[20:300, 152:288], grey[20:300, 296:432]
+    assert np.array_equal(truth, clip) and 0.1 < truth.mean() < 0.9
+
+
+def test_drawing():
+    """A title of 20 pixels, then tiles of 40 with gaps of 10: they begin at 10 and 60, from 30 on."""
+    palette = [(255, 0, 0), (0, 255, 0)]
+    image = color_mask(torch.tensor([[0, 1], [IGNORE, 1]]), palette)
     entries = [((0, 0, 255), "a | b"), ((255, 255, 0), "c")]
-    sheet = draw_grid([[("picture", image), ("", Image.new("RGB", (200, 50)))]] * 2, entries, tile=40, gap=10)
-    for top in (20, 90):  # a line: 20 for the title, 40, a gap of 10; tiles begin at 10 and 60, their pictures fill them
-        assert [sheet.getpixel((x, top + y)) for x, y in ((10, 0), (30, 0), (11, 39), (49, 39))] == [
-            (255, 0, 0), (0, 255, 0), evaluation.UNSEEN, (0, 255, 0)]
-        assert sheet.getpixel((60, top + 9)) == (0, 0, 0) and sheet.getpixel((60, top + 10)) == (255, 255, 255)
-    assert {(0, 0, 255), (255, 255, 0)} <= {colour for _, colour in sheet.getcolors(10 ** 6)}
+    wide = torch.zeros(3, 50, 200, dtype=torch.uint8)
+    sheet = draw_grid([[image, wide]] * 2, ["image", ""], entries, tile=40, gap=10)
+    for top in (30, 80):
+        places = ((10, 0), (30, 0), (11, 39), (49, 39))
+        assert [sheet.getpixel((x, top + y)) for x, y in places] == [
+            (255, 0, 0), (0, 255, 0), GREY, (0, 255, 0)]
+        assert sheet.getpixel((60, top + 16)) == (0, 0, 0)  # 200 x 50 fills 40 x 10, in the middle
+        assert sheet.getpixel((60, top + 14)) == sheet.getpixel((60, top + 25)) == WHITE
+    assert {(0, 0, 255), (255, 255, 0)} <= {color for _, color in sheet.getcolors(10 ** 6)}
 
 
 def test_command_line_writes_what_it_promises(make_voc, tiny_clip_file, tmp_path, capsys):
@@ -185,7 +222,7 @@ def test_thirty_odd_pictures_are_trained_on_and_segmented(odd_pictures, tiny_cli
     train.main(["--stage", "rectify", "--data", str(odd_pictures), "--classes", "cat | grass, dog, tree", "--clip",
                 str(tiny_clip_file), "--crop", "32", "--epochs", "1", "--out", str(tmp_path / "out"), "--device", "cpu"])
     printed = capsys.readouterr()
-    assert "pictures that each class was found in, of 25" in printed.out and "cat | grass" in printed.out
+    assert "images that each class was found in, of 25" in printed.out and "cat | grass" in printed.out
     for name in ("zero.jpg", "text.jpg", "cut.jpg", "cut.png", "page.webp"):
         assert f"skipped {name}" in printed.err
     evaluation.main(["--stage", "rectify", "--images", str(odd_pictures), "--checkpoint",
@@ -209,7 +246,7 @@ def test_thirty_odd_pictures_are_trained_on_and_segmented(odd_pictures, tiny_cli
     (["--stage", "clip", "--images", "."], "--images needs --classes"),
     (["--data", "nowhere"], "--data nowhere is neither a folder"),
     (["--data", "."], "needs --classes"),
-    (["--data", "voc", "--classes", "a, b"], "--classes goes with your own pictures"),
+    (["--data", "voc", "--classes", "a, b"], "--classes goes with your own images"),
     (["--stage", "clip", "--window", "60", "--stride", "24"], "multiples of 8"),
     (["--window", "64", "--stride", "0"], "--stride 0"), (["--background-threshold", "0.5"], "goes with --images"),
     (["--background-threshold", "2"], "must lie in 0..1"),
@@ -243,7 +280,7 @@ def test_miou_on_real_labels_equals_a_count_on_the_raw_files(shared, data, raw):
     split, facts = open_split(data, folder.parents[str(raw).count("/")], "val"), DATA[data]
     C, confusion, hit, either = len(facts.classes), 0, {}, {}
     for i in range(len(split)):
-        label = split.label(i)
+        label = split.truth(i)
         prediction = torch.where(label == IGNORE, 0, label).roll(10, 1)
         confusion = confusion + confusion_matrix(prediction, label, C)
         values = np.array(Image.open(folder / f"{split.names[i]}.png")).astype(int)
@@ -260,6 +297,16 @@ def test_miou_on_real_labels_equals_a_count_on_the_raw_files(shared, data, raw):
 
 def test_images_need_to_know_by_which_model():
     with pytest.raises(ValueError, match="--images needs .* --checkpoint runs/NAME/STAGE.pt"):
-        evaluation.parse(["--stage", "distill", "--images", "."])
-    assert evaluation.parse(["--stage", "distill", "--images", ".", "--checkpoint", "a/b.pt"]).out.name == "a"
-    assert evaluation.parse(["--window", "64"]).stride == 64 and evaluation.parse(["--window", "336"]).stride == 224
+        evaluation.parse_arguments(["--stage", "distill", "--images", "."])
+    args, _, _ = evaluation.parse_arguments(
+        ["--stage", "distill", "--images", ".", "--checkpoint", "a/b.pt"])
+    assert args.out.name == "a"
+    for window, stride in (("64", 64), ("336", 224)):
+        _, _, protocol = evaluation.parse_arguments(["--window", window])
+        assert protocol.stride == stride
+
+
+@pytest.mark.parametrize("spelling", ["--short-side", "--short_side"])
+def test_hyphens_and_underscores_are_the_same(spelling):
+    _, _, protocol = evaluation.parse_arguments([spelling, "32"])
+    assert protocol.short_side == 32
