@@ -58,10 +58,10 @@ STAGE_PARTS = {
 }
 
 
-# --- mIoU -------------------------------------------------------------------------------------------
+# --- mIoU -----------------------------------------------------------------------------------------
 
 def confusion_matrix(prediction, truth, classes):
-    """Counts of pixels: (H, W) and (H, W) class indices -> (C, C) int64; row = truth, column = prediction.
+    """Counts of pixels, (C, C) int64: row = truth, column = prediction, both (H, W) class indices.
 
     Pixels whose truth is IGNORE do not count. Matrices of images may be added: mIoU is taken of the
     sum, over all pixels of the split, and not image by image.
@@ -74,9 +74,9 @@ def confusion_matrix(prediction, truth, classes):
 def scores(confusion):
     """(C, C) counts -> {"miou", "iou", "present", "pixel_accuracy"}, fractions of 1.
 
-    IoU of a class: pixels that are of it and are called so, over pixels that are either. iou holds C
-    of them, nan where a class never occurs in the truth; miou is the mean over the classes that do
-    (present of them). The released code counts absent classes as 0.
+    IoU of a class: pixels that are of it and are called so, over pixels that are either. iou
+    holds C of them, nan where a class never occurs in the truth; miou is the mean over the
+    classes that do (present of them). The released code counts absent classes as 0.
     """
     confusion = confusion.double()
     hit = confusion.diagonal()                                          # (C,)
@@ -91,15 +91,15 @@ def scores(confusion):
     }
 
 
-# --- From an image to its mask ----------------------------------------------------------------------
+# --- From an image to its mask --------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Protocol:
     """How an image becomes a mask; without it a number means nothing."""
     short_side: int                    # pixels; images are resized to it, 0: their own size
-    window: int = 0                    # side of a sliding window, pixels; 0: the whole image at once
+    window: int = 0                    # side of a sliding window, pixels; 0: whole images
     stride: int = 224                  # from one window to the next, pixels
-    denoise: float = 0.0               # classes less probable everywhere are dropped (reclip.segment)
+    denoise: float = 0.0               # classes nowhere this probable are dropped
     background_threshold: float = 0.0  # pixels less probable than this get no class; 0: none
 
     def describe(self):
@@ -110,7 +110,7 @@ class Protocol:
 
 
 def window_starts(cells, window, stride):
-    """First cells of windows that cover a row of cells; the last is moved back to end with the row."""
+    """First cells of windows that cover a row of cells; the last one ends where the row does."""
     last = max(cells - window, 0)
     return [min(start, last) for start in range(0, last + stride, stride)]
 
@@ -118,16 +118,16 @@ def window_starts(cells, window, stride):
 def slide(model, part, image, window, stride):
     """Logits of a large image from overlapping windows: (1, 3, H, W) -> (1, C, h, w).
 
-    Each window of `window` pixels sees its part alone, at a size that CLIP is used to; where windows
-    overlap their logits are averaged. Windows start at whole cells, so that all share the grid that
-    the whole image would have: memory does not grow with the number of pixels.
+    Each window of `window` pixels sees its part alone, at a size that CLIP is used to; where
+    windows overlap their logits are averaged. Windows start at whole cells, so that all share
+    the grid that the whole image would have: memory does not grow with the number of pixels.
 
     part: name of the Logits that are wanted. window, stride: multiples of model.output_stride.
     """
     side = model.output_stride
     if window % side or stride % side:
-        raise ValueError(f"window {window} and stride {stride} must be multiples of {side}, the pixels "
-                         "from one cell of this model's grid to the next")
+        raise ValueError(f"window {window} and stride {stride} must be multiples of {side}, the "
+                         "pixels from one cell of this model's grid to the next")
     h = -(-image.shape[2] // side)
     w = -(-image.shape[3] // side)
     size = window // side
@@ -176,7 +176,7 @@ def predict_split(model, stage, dataset, protocol, title, workers=0):
         progress(i + 1)
 
 
-# --- A model on a split -----------------------------------------------------------------------------
+# --- A model on a split ---------------------------------------------------------------------------
 
 def protocol_facts(model, stage, facts, protocol):
     """Everything without which a number or a mask means nothing, for the JSON files."""
@@ -249,7 +249,7 @@ def print_scores(result, class_names):
           f"classes present; pixel accuracy {100 * result['pixel_accuracy']:.1f}")
 
 
-# --- Images of masks --------------------------------------------------------------------------------
+# --- Images of masks ------------------------------------------------------------------------------
 
 WHITE = (255, 255, 255)
 INK = (30, 30, 30)
@@ -260,8 +260,8 @@ FONT = ImageFont.load_default(13)
 def color_mask(mask, palette, truth=None):
     """Class indices (H, W) -> colors uint8 (3, H, W).
 
-    IGNORE is grey; with truth given, so are the pixels that are not evaluated: whatever a model says
-    there is neither right nor wrong, and would hide what is.
+    IGNORE is grey; with truth given, so are the pixels that are not evaluated: whatever a model
+    says there is neither right nor wrong, and would hide what is.
     """
     table = torch.tensor([*palette, *[GREY] * (256 - len(palette))], dtype=torch.uint8)   # (256, 3)
     if truth is not None:
@@ -270,7 +270,7 @@ def color_mask(mask, palette, truth=None):
 
 
 def with_legend(image, entries):
-    """A PIL image with a legend below; entries: (color, text) pairs, of synonyms the first is shown."""
+    """A PIL image with a legend below. entries: (color, text); of synonyms the first is shown."""
     entries = [(color, text.split("|")[0].strip()) for color, text in entries]
     widths = [int(FONT.getlength(text)) for _, text in entries]
     cell = 34 + max(widths, default=0)
@@ -310,7 +310,7 @@ def draw_grid(rows, titles, entries=(), tile=136, gap=8):
 
 
 def draw_examples(columns, dataset, facts, protocol, count=6):
-    """The first images of a split, so not the best ones: image, truth, masks of each (model, stage)."""
+    """The first images of a split (not the best): image, truth, masks of each (model, stage)."""
     titles = ["image", "truth"]
     for _, stage in columns:
         titles.append(STAGE_PARTS[stage][1])
@@ -327,7 +327,7 @@ def draw_examples(columns, dataset, facts, protocol, count=6):
 
 
 def draw_overlay(image, mask, palette, entries, longest=1600):
-    """image uint8 (3, H, W) under its mask (H, W), with a legend; at most `longest` pixels a side."""
+    """image uint8 (3, H, W) under its mask (H, W), with a legend; `longest` pixels at most."""
     factor = min(longest, max(320, *mask.shape)) / max(mask.shape)
     size = [max(1, round(side * factor)) for side in mask.shape]
     image = resize(image, size, antialias=True)
@@ -340,7 +340,7 @@ def draw_overlay(image, mask, palette, entries, longest=1600):
     return with_legend(to_pil_image(image), entries)
 
 
-# --- Masks of any images ----------------------------------------------------------------------------
+# --- Masks of any images --------------------------------------------------------------------------
 
 def segment_images(model, stage, facts, images, protocol, out):
     """Three files per image below <out>/masks: NAME.index.png, NAME.overlay.png and NAME.json.
@@ -388,7 +388,7 @@ def segment_images(model, stage, facts, images, protocol, out):
 
 
 def save_index(mask, palette, path):
-    """Class indices (H, W) as a palette PNG: 0 background (IGNORE + 1, as a byte), 1..C the classes."""
+    """Class indices (H, W) as a palette PNG: 0 background (IGNORE + 1 as a byte), 1..C classes."""
     index = Image.fromarray((mask + 1).numpy())
     colors = [0, 0, 0]
     for color in palette:
@@ -397,7 +397,7 @@ def save_index(mask, palette, path):
     index.save(path)
 
 
-# --- Command line -----------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 def open_model(stage, path, facts, clip_name=None, device="cpu", attention="maskclip"):
     """What a stage names, in eval mode: the checkpoint at path, or for "clip" the plain CLIP."""
@@ -426,17 +426,22 @@ def open_model(stage, path, facts, clip_name=None, device="cpu", attention="mask
 
 
 def parse_arguments(argv=None):
-    """The command line as (args, facts of the data set, protocol); ValueError for what does not fit."""
-    devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+    """The command line as (args, facts of the data set, protocol). ValueError: it does not fit."""
+    best_device = "cpu"
+    if torch.backends.mps.is_available():
+        best_device = "mps"
+    if torch.cuda.is_available():
+        best_device = "cuda"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--stage", choices=[*STAGE_PARTS, "paper"], default="rectify", metavar="{clip,rectify,distill}",
-        help="what to evaluate (default: rectify)")
+    add("--stage", choices=[*STAGE_PARTS, "paper"], default="rectify",
+        metavar="{clip,rectify,distill}", help="what to evaluate (default: rectify)")
     add("--checkpoint", type=Path, help="file to evaluate (default: <out>/<stage>.pt)")
     add("--data", help=f"{', '.join(DATA)} (default: shapes)")
     add("--images", nargs="+", type=Path,
         help="segment these images or folders of images instead of a data set")
-    add("--classes", help="with --stage clip --images: 'cat, dog | puppy', or a file, one class a line")
+    add("--classes",
+        help="with --stage clip --images: 'cat, dog | puppy', or a file with one class a line")
     add("--attention", choices=ATTENTIONS,
         help="attention variant of CLIP's last block for --stage clip (default: maskclip)")
     add("--split", help="split to evaluate on (default: val)")
@@ -445,14 +450,17 @@ def parse_arguments(argv=None):
     add("--download", action="store_true", help="fetch the data set if it is missing")
     add("--clip", help="'ViT-B/16' or a weights file (default: the data set's)")
     add("--out", type=Path, help="where checkpoints are and results go (default: runs/<data>)")
-    add("--device", default=[*devices, "cpu"][0], help="cpu, cuda, mps (default: the best there is)")
-    add("--workers", type=int, help="processes that decode images (default: 4 beside a GPU, else 0)")
+    add("--device", default=best_device, help="cpu, cuda, mps (default: the best there is)")
+    add("--workers", type=int,
+        help="processes that decode images (default: 4 beside a GPU, else 0)")
     add("--denoise", type=float,
         help="drop classes whose best probability is below; 0: off (default: as released)")
-    add("--short-side", "--short_side", type=int, help="pixels; 0: own size (default: the data set's)")
+    add("--short-side", "--short_side", type=int,
+        help="pixels; 0: own size (default: the data set's)")
     add("--window", type=int, default=0,
         help="slide a window of this side over the image, pixels; 0: whole images")
-    add("--stride", type=int, help="from window to window, pixels (default: 224, at most the window)")
+    add("--stride", type=int,
+        help="from window to window, pixels (default: 224, at most the window)")
     add("--background-threshold", "--background_threshold", type=float, default=0.0,
         help="with --images: pixels less probable than this are background (default: 0, off)")
     args = parser.parse_args(argv)
@@ -462,8 +470,8 @@ def parse_arguments(argv=None):
     if args.attention and args.stage != "clip":
         raise ValueError("--attention goes with --stage clip; a checkpoint keeps its own")
     if not 0 <= args.background_threshold <= 1 or (args.background_threshold and not args.images):
-        raise ValueError(f"--background-threshold {args.background_threshold} must lie in 0..1 and goes "
-                         "with --images")
+        raise ValueError(f"--background-threshold {args.background_threshold} must lie in 0..1 and "
+                         "goes with --images")
     knows_model = args.classes if args.stage == "clip" else (args.checkpoint or args.out)
     if args.images and not (args.data or knows_model):
         raise ValueError("--images needs --classes 'cat, dog' with --stage clip, else --checkpoint "
@@ -492,13 +500,14 @@ def find_facts(args):
     args.data = args.data or ("pictures" if args.images else "shapes")
     if not args.images:
         if args.data in DATA and args.classes:
-            raise ValueError(f"--classes goes with your own images; {args.data} has its own classes")
+            raise ValueError(f"--classes goes with your own images; {args.data} has its own "
+                             "classes")
         if args.data not in DATA and not Path(args.data).is_dir():
             raise ValueError(f"--data {args.data} is neither a folder of images nor one of "
                              f"{', '.join(DATA)}")
         if args.data not in DATA and not args.classes:
-            raise ValueError(f"--data {args.data} needs --classes 'cat, dog, grass', or a file with one "
-                             "class a line")
+            raise ValueError(f"--data {args.data} needs --classes 'cat, dog, grass', or a file "
+                             "with one class a line")
     if args.classes:
         return own_facts(args.data, read_classes(args.classes))
     return DATA.get(args.data) or own_facts(args.data, ())
@@ -512,8 +521,8 @@ def find_protocol(args, facts):
     if not 0 <= denoise <= 1:
         raise ValueError(f"--denoise {denoise}: a probability between 0 and 1")
     if args.window < 0 or short_side < 0 or (args.window and not 0 < stride <= args.window):
-        raise ValueError(f"--short-side {short_side} --window {args.window} --stride {stride}: none "
-                         "below 0, and --stride not larger than --window")
+        raise ValueError(f"--short-side {short_side} --window {args.window} --stride {stride}: "
+                         "none below 0, and --stride not larger than --window")
     return Protocol(short_side, args.window, stride, denoise, args.background_threshold)
 
 
@@ -538,8 +547,8 @@ def main(argv=None):
         segment_images(model, args.stage, facts, images, protocol, args.out)
         return
     if not facts.splits:
-        raise ValueError(f"{args.data} has no labels to evaluate on; eval.py --images {args.data} draws "
-                         "its masks")
+        raise ValueError(f"{args.data} has no labels to evaluate on; eval.py --images {args.data} "
+                         "draws its masks")
 
     others = []
     teacher_path = args.out / "rectify.pt"

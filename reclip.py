@@ -1,4 +1,4 @@
-"""ReCLIP (Sec. 3): CLIP's two biases, learnt from images alone and subtracted; its student's losses.
+"""ReCLIP (Sec. 3): CLIP's two biases, learnt from images and subtracted; its student's losses.
 
 The method in one drawing. Only what stands in [brackets] learns; CLIP is frozen everywhere.
 
@@ -34,7 +34,7 @@ Symbols
 
 Four numbers turn cosines into probabilities; they are never the same thing:
     tau_1     0.001  Eq. (4)  small: a patch takes its best class, noise decides only near ties
-    tau       0.01   Eq. (5)  CLIP's own temperature, 1 / logit scale: how sharply a mask is compared with texts
+    tau       0.01   Eq. (5)  CLIP's own temperature, 1 / logit scale
     mask_tau  = tau  Eq. (6)  the same for the student's logits at each pixel
     scale     100    evaluation only: softmax(100 M) where a threshold on a probability is asked for
 
@@ -120,8 +120,8 @@ def query_text_features(clip, class_names, prompts=PROMPTS):
             tokens = clip.tokenize(texts).to(device)                    # (texts, context)
         except ValueError as error:
             reason = str(error).split(";")[0]
-            raise ValueError(f"{reason}; give ReCLIP templates that are short in this CLIP's words, "
-                             "such as prompts=['a photo of a {}']") from error
+            raise ValueError(f"{reason}; give ReCLIP templates that are short in this CLIP's "
+                             "words, such as prompts=['a photo of a {}']") from error
 
         features = F.normalize(clip.encode_text(tokens), dim=-1)        # (texts, D)
         rows.append(F.normalize(features.mean(0), dim=-1))              # (D,)
@@ -187,7 +187,7 @@ class ReferencePrompt(nn.Module):
 # --- Sec. 3.3: the positional net, space-preference bias ------------------------------------------
 
 class PositionalBias(nn.Module):
-    """Sec. 3.3: three 3x3 convolutions with batch norm: p (1, E_v, h, w) -> M_p (1, channels, h, w).
+    """Sec. 3.3: three 3x3 convolutions with batch norm, p (1, E_v, h, w) -> M_p (1, C or 1, h, w).
 
     CLIP is better at the center of an image than near its border (Fig. 1a), because photographers
     put their subject there. All that CLIP knows of place comes from its positional embedding p,
@@ -381,10 +381,11 @@ class ReCLIP(nn.Module):
         if pool not in ("global", "mask"):
             raise ValueError(f"pool is {pool!r}; it must be 'global' or 'mask'")
         if attention not in ATTENTIONS:
-            raise ValueError(f"attention is {attention!r}; it must be one of {', '.join(ATTENTIONS)}")
+            raise ValueError(f"attention is {attention!r}; it must be one of "
+                             f"{', '.join(ATTENTIONS)}")
         if positional_channels not in (None, 0, 1, C):
-            raise ValueError(f"positional_channels is {positional_channels}; it must be 0, 1 or the "
-                             f"number of classes, {C}")
+            raise ValueError(f"positional_channels is {positional_channels}; it must be 0, 1 or "
+                             f"the number of classes, {C}")
 
         # Kept in the checkpoint, so that load builds the same module again.
         self.settings = {
@@ -458,7 +459,7 @@ class ReCLIP(nn.Module):
         return F.normalize(Z, dim=1)                                    # (B, D, h, w)
 
     def query_head(self):
-        """Weights that give M_q: W_q, or with query_learnable what was learnt in its place, (C, D)."""
+        """Weights that give M_q (C, D): W_q, or with query_learnable what was learnt instead."""
         if self.query is None:
             return self.W_q
         if self.training:
@@ -478,7 +479,7 @@ class ReCLIP(nn.Module):
         return self._cache["reference"]
 
     def heads(self):
-        """The weights of the two segmentation heads, which the student inherits: W_q, W_r (C, D)."""
+        """Weights of the two segmentation heads, W_q and W_r (C, D); the student inherits them."""
         return self.query_head(), self.reference_head()
 
     def positional_logits(self, h, w):
@@ -529,7 +530,7 @@ class ReCLIP(nn.Module):
     # -- what was learnt, alone --------------------------------------------------------------------
 
     def bias_modules(self):
-        """{name: module} of the parts that learn: "reference", "positional", and "query" in Table 3."""
+        """{name: module} of the parts that learn: reference, positional; in Table 3 also query."""
         parts = {"query": self.query, "reference": self.reference, "positional": self.positional}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -542,7 +543,7 @@ class ReCLIP(nn.Module):
         return {key: value for key, value in state.items() if not key.startswith("clip.")}
 
     def fingerprint(self):
-        """sha256 of what was learnt. (A file's own changes with every writing of the same numbers.)"""
+        """sha256 of what was learnt. (That of a file changes with its name.)"""
         digest = hashlib.sha256()
         for key, value in sorted(self.learnt().items()):
             digest.update(key.encode() + value.cpu().numpy().tobytes())
@@ -595,8 +596,8 @@ class ReCLIP(nn.Module):
 
         # Files of earlier versions name a control that now stands in tests/paper.py.
         if settings.pop("constant_bias", False):
-            raise ValueError(f"{path} holds the control with one number per class, which is no ReCLIP; "
-                             "tests/paper.py trains and measures it")
+            raise ValueError(f"{path} holds the control with one number per class, which is no "
+                             "ReCLIP; tests/paper.py trains and measures it")
 
         if clip is None:
             clip = load_clip(source, device, quick_gelu)
@@ -643,7 +644,7 @@ def strong_classes(logits, threshold, scale=100.0):
 
 
 def centers_on_grid(pixels, side, cells, output_stride, device):
-    """Where the centers of `pixels` pixels lie on a grid of `cells` cells: (pixels,), for grid_sample.
+    """Where the centers of a row of pixels lie on a row of cells: (pixels,), for grid_sample.
 
     The pixels span `side` pixels of the image that the network saw, the cells span
     cells * output_stride of them. grid_sample counts from -1 (left edge of the grid) to 1 (right
@@ -654,7 +655,15 @@ def centers_on_grid(pixels, side, cells, output_stride, device):
     return places.clamp(1 / cells - 1, 1 - 1 / cells)
 
 
-def segment(logits, output_stride, image_size, label_size, denoise=0.0, background=0.0, scale=100.0):
+def segment(
+    logits,
+    output_stride,
+    image_size,
+    label_size,
+    denoise=0.0,
+    background=0.0,
+    scale=100.0,
+):
     """The mask of one image: logits on patches (1, C, h, w) -> class of each pixel (H0, W0), uint8.
 
     output_stride: pixels of the seen image from one cell of the grid to the next.
@@ -710,7 +719,7 @@ def recomputed(function, *inputs):
 
 
 def summed_cross_entropy(student_logits, pseudo_labels, tau, to_pixels):
-    """Eq. (6) before the mean: (images, C, h, w) and (images, H, W) -> scalar, summed over pixels."""
+    """Eq. (6) before the mean: (images, C, h, w), (images, H, W) -> scalar, summed over pixels."""
     pixels = to_pixels(student_logits / tau, *pseudo_labels.shape[1:])  # (images, C, H, W)
     return F.cross_entropy(pixels, pseudo_labels, reduction="sum")
 
@@ -742,7 +751,7 @@ def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, piece=2 ** 2
 
 
 def summed_l1(Z, Z_student, size, to_pixels, student_to_pixels):
-    """Eq. (7) before the mean: (B, channels, h, w), (B, channels, h', w') -> scalar, summed over all.
+    """Eq. (7) before the mean: (B, channels, h, w), (B, channels, h', w') -> scalar.
 
     An L1 norm is a sum over channels, so groups of channels may be added. Of a cosine, an L2
     norm or
@@ -850,7 +859,8 @@ def tour():
     show("rectified_logits", logits.rectified, "M          (B, C, h, w)  Eq. (3)")
     show("masks", masks, "M^         (B, C, h, w)  Eq. (4), one class per patch")
     show("image_similarity", similarity, "100 cos    (B, C)        Sec. 3.4, of the whole image")
-    show("image_level_labels", labels.float(), f"c_1..c_K   (B, C)        Sec. 3.4: {', '.join(guessed)}")
+    show("image_level_labels", labels.float(),
+         f"c_1..c_K   (B, C)        Sec. 3.4: {', '.join(guessed)}")
     show("masked_features", pooled, "Z_g pooled (B, C, D)     Sec. 3.4, global average")
     show("S", S, "S          (B, C, C)     Sec. 3.4, mask c against text j")
     show("contrastive_loss", loss, "L          ()            Eq. (5)")

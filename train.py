@@ -1,6 +1,6 @@
 """Training: two plain loops, one per stage of the paper.
 
-    python train.py                                          the whole paper on shapes, on a laptop CPU
+    python train.py                                          the whole paper on shapes, on a CPU
     python train.py --stage rectify --data voc --root DIR    Sec. 3.1-3.4 on PASCAL VOC
     python train.py --stage distill --data voc --root DIR    Sec. 3.5, from what the former wrote
     python train.py --stage rectify --data FOLDER --classes "cat, dog, grass"    your own images
@@ -10,7 +10,7 @@ What stands here
     train_rectification      stage 1: the loop of Sec. 3.1-3.4
     train_distillation       stage 2: the loop of Sec. 3.5
     learning rates, gradients of several processes, the models that the loops start from
-    label_training_set       pseudo-labels of all training images (Sec. 3.4), made once, kept by name
+    label_training_set       pseudo-labels of the training images (Sec. 3.4), kept by name
     Run                      bookkeeping of a loop: resume, log, save, stop
     main                     the command line
 
@@ -325,8 +325,8 @@ def new_student(teacher, settings, seed):
     """
     head = settings.head
     if "reference" in head and not (teacher.subtract and teacher.reference is not None):
-        raise ValueError(f"head {head!r} subtracts the Reference, which this teacher does not: rectify "
-                         "again with prompt_length above 0 and subtract")
+        raise ValueError(f"head {head!r} subtracts the Reference, which this teacher does not: "
+                         "rectify again with prompt_length above 0 and subtract")
     if "positional" in head and teacher.positional is None:
         raise ValueError(f"head {head!r} subtracts positional logits, and this teacher has none: "
                          "rectify again with positional_channels not 0")
@@ -528,10 +528,12 @@ class Run:
         norm = nn.utils.clip_grad_norm_(parameters, math.inf)  # infinity: measured, not clipped
         if math.isfinite(value.item()) and math.isfinite(norm.item()):
             return
-        kept = f"{self.state_path} holds step {self.saved}" if self.saved else "nothing had been saved yet"
-        raise ValueError(f"the loss is {loss.item()}, its gradient's norm {norm:.3g}, at step {step} on "
-                         f"{', '.join(names)}; the step was not taken, {kept}: try a smaller learning "
-                         "rate")
+        kept = "nothing had been saved yet"
+        if self.saved:
+            kept = f"{self.state_path} holds step {self.saved}"
+        raise ValueError(f"the loss is {loss.item()}, its gradient's norm {norm:.3g}, at step "
+                         f"{step} on {', '.join(names)}; the step was not taken, {kept}: try a "
+                         "smaller learning rate")
 
     def log(self, step, loss, lr):
         """A row of the CSV (written with the next save) and the progress line."""
@@ -557,8 +559,9 @@ class Run:
         return due and self.rank == 0
 
     def save_state(self, step):
-        """The log, then the state. The checkpoint of the stage is written before: after a kill in between,
-        --resume goes on from the older state and writes both again.
+        """The log, then the state. The checkpoint of the stage is written before both.
+
+        After a kill in between, --resume goes on from the older state and writes all again.
         """
         with written_atomically(self.log_path) as temporary:
             with open(temporary, "w", newline="") as file:
@@ -575,7 +578,7 @@ class Run:
             torch.save(state, temporary)
 
     def load_state(self):
-        """Loads what save_state wrote and returns the step to go on with; refuses another run's state."""
+        """Loads what save_state wrote; returns the step to go on with. Refuses another run's."""
         path = self.state_path
         if not path.is_file():
             raise FileNotFoundError(f"nothing to resume: {path} does not exist; leave --resume out")
@@ -594,7 +597,8 @@ class Run:
                 self.optimizer.load_state_dict(state["optimiser"])
         except Exception as error:  # whatever a broken or hostile file provokes
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} is not a training state, or is truncated: {reason}") from error
+            raise ValueError(f"{path} is not a training state, or is truncated: "
+                             f"{reason}") from error
         if changed:
             raise ValueError(f"cannot resume {path}: {'; '.join(changed)}")
 
@@ -609,16 +613,20 @@ class Run:
         if self.device_type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device)
         seconds = time.perf_counter() - self.began
-        print(f"{self.stage}: {self.steps - self.first} of {self.steps} steps in {seconds:.0f} s, peak "
-              f"memory of the process so far {memory / 2 ** 30:.2f} GiB, written to {self.out}")
+        print(f"{self.stage}: {self.steps - self.first} of {self.steps} steps in {seconds:.0f} s, "
+              f"peak memory of the process so far {memory / 2 ** 30:.2f} GiB, "
+              f"written to {self.out}")
 
 
 # --- Command line ---------------------------------------------------------------------------------
 
 def parse_arguments(argv=None):
-    """The command line as (args, facts of the data set, settings); ValueError for what does not fit."""
-    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    best_device = [*devices, "cpu"][0]
+    """The command line as (args, facts of the data set, settings). ValueError: it does not fit."""
+    best_device = "cpu"
+    if torch.backends.mps.is_available():
+        best_device = "mps"
+    if torch.cuda.is_available():
+        best_device = "cuda"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--stage", choices=["all", "rectify", "distill", "paper", "pretrain"], default="all",
@@ -639,7 +647,8 @@ def parse_arguments(argv=None):
     add("--epochs", type=int,
         help="short for --rectify-epochs, with --stage distill for --distill-epochs")
     add("--device", default=best_device, help="cpu, cuda, mps (default: the best there is)")
-    add("--workers", type=int, help="processes that decode images (default: 4 beside a GPU, else 0)")
+    add("--workers", type=int,
+        help="processes that decode images (default: 4 beside a GPU, else 0)")
     add("--cache", action=argparse.BooleanOptionalAction,
         help="keep decoded images in memory (default: below 2 GiB)")
     add("--split", help="split of the table of --stage all (default: test of shapes, else val)")
@@ -651,19 +660,22 @@ def parse_arguments(argv=None):
     group = parser.add_argument_group("hyper-parameters", "defaults in brackets, by data set")
     for field in dataclasses.fields(Settings):
         spellings = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        kind = {"type": field.type}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         group.add_argument(*spellings, default=None, help=describe(field), **kind)
     args = parser.parse_args(argv)
 
     if args.stage in ("paper", "pretrain"):
-        raise ValueError(f"--stage {args.stage} is a program of its own now: python tests/{args.stage}.py")
+        raise ValueError(f"--stage {args.stage} is a program of its own now: "
+                         f"python tests/{args.stage}.py")
     facts = find_facts(args)
     settings = find_settings(args, facts)
     if args.teacher and args.stage != "distill":
         raise ValueError("--teacher goes with --stage distill alone")
     if args.stage == "all" and not facts.splits:
-        raise ValueError(f"--stage all evaluates, and {args.data} has no labels: use --stage rectify "
-                         "or distill")
+        raise ValueError(f"--stage all evaluates, and {args.data} has no labels: use "
+                         "--stage rectify or distill")
     args.split = args.split or (facts.splits[-1] if facts.splits else None)
     if args.split not in (None, *facts.splits):
         raise ValueError(f"--split {args.split}: {args.data} has {', '.join(facts.splits)}")
@@ -699,13 +711,15 @@ def find_facts(args):
     """Facts of the data set that --data names, or of your own folder of images."""
     if args.data in DATA:
         if args.classes:
-            raise ValueError(f"--classes goes with your own images; {args.data} has its own classes")
+            raise ValueError(f"--classes goes with your own images; {args.data} has its own "
+                             "classes")
         return DATA[args.data]
     if not Path(args.data).is_dir():
-        raise ValueError(f"--data {args.data} is neither a folder of images nor one of {', '.join(DATA)}")
+        raise ValueError(f"--data {args.data} is neither a folder of images nor one of "
+                         f"{', '.join(DATA)}")
     if not args.classes:
-        raise ValueError(f"--data {args.data} needs --classes 'cat, dog, grass', or a file with one class "
-                         "a line")
+        raise ValueError(f"--data {args.data} needs --classes 'cat, dog, grass', or a file with "
+                         "one class a line")
     return own_facts(args.data, read_classes(args.classes))
 
 
@@ -721,13 +735,13 @@ def find_settings(args, facts):
 
     settings = dataclasses.replace(SETTINGS.get(args.data, SETTINGS["own"]), **changes)
     if args.data != "shapes" and not (settings.crop and settings.distill_crop):
-        raise ValueError(f"--crop 0 and --distill-crop 0 need images of one size; those of {args.data} "
-                         "differ")
+        raise ValueError("--crop 0 and --distill-crop 0 need images of one size; those of "
+                         f"{args.data} differ")
     return settings
 
 
 def open_training_images(args, limit=2):
-    """The training split. Below `limit` GiB (ours), or with --cache, decoded images stay in memory."""
+    """The training split; below `limit` GiB (ours), or with --cache, images are decoded once."""
     with rank_0_first():
         split = open_split(args.data, args.root, "train", args.download)
 
@@ -760,7 +774,9 @@ def rectify_stage(args, facts, settings, split, out):
 def distill_stage(args, facts, settings, split):
     """--stage distill: the teacher, a new student, the loop. -> DeepLabV2 in eval mode"""
     path = args.teacher or args.out / "rectify.pt"
-    clip = load_clip(args.clip, args.device) if args.clip else None  # None: where the teacher found it
+    clip = None  # from where the teacher found it
+    if args.clip:
+        clip = load_clip(args.clip, args.device)
     teacher = ReCLIP.load(path, clip, args.device)
     if teacher.class_names != facts.classes:
         raise ValueError(f"{path} was learnt for other classes than {args.data}'s: "
@@ -782,7 +798,8 @@ def distill_stage(args, facts, settings, split):
 def all_stages(args, facts, settings, split):
     """--stage all: both stages, and a table in the form of the paper's Tables 2 and 4."""
     without_positional = dataclasses.replace(settings, positional_channels=0)
-    reference_only = rectify_stage(args, facts, without_positional, split, args.out / "reference_only")
+    out = args.out / "reference_only"
+    reference_only = rectify_stage(args, facts, without_positional, split, out)
     rectified = rectify_stage(args, facts, settings, split, args.out)
     student = distill_stage(args, facts, settings, split)
 
@@ -793,14 +810,14 @@ def all_stages(args, facts, settings, split):
     columns = [(rectified, "clip"), (rectified, "rectify")]  # beside the student in the picture
     rows = [
         ("MaskCLIP (Query only)", rectified, "clip", args.out, []),
-        ("+ Reference", reference_only, "rectify", args.out / "reference_only", []),
+        ("+ Reference", reference_only, "rectify", out, []),
         ("+ Reference + positional", rectified, "rectify", args.out, columns[:1]),
         ("distilled", student, "distill", args.out, columns),
     ]
     lines = []
-    for title, model, stage, out, others in rows:
+    for title, model, stage, folder, others in rows:
         result = evaluate_stage(
-            model, stage, facts, args.split, labelled, protocol, out, others, workers=args.workers
+            model, stage, facts, args.split, labelled, protocol, folder, others, args.workers
         )
         lines.append(f"  {title:<28}{100 * result['miou']:5.1f}")
 
@@ -812,17 +829,19 @@ def all_stages(args, facts, settings, split):
 def join_processes(args):
     """Under torchrun: this process's part in the run, one GPU each (NCCL), or the CPU (gloo)."""
     if args.stage == "all":
-        raise ValueError("--stage all is a matter of one process: torchrun goes with rectify and distill")
+        raise ValueError("--stage all is a matter of one process: torchrun goes with rectify and "
+                         "distill")
     backend = "gloo"
     if args.device.startswith("cuda"):
         backend = "nccl"
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
 
-    dist.init_process_group(backend, timeout=timedelta(hours=1))  # process 0 may label all of ADE20K
+    # An hour, since the others wait while process 0 labels all of ADE20K.
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
     if dist.get_rank() == 0:
-        print(f"{dist.get_world_size()} processes: so many times the images per step, and fewer steps; "
-              "the learning rate stays")
+        print(f"{dist.get_world_size()} processes: so many times the images per step, and fewer "
+              "steps; the learning rate stays")
 
 
 def main(argv=None):
@@ -830,7 +849,8 @@ def main(argv=None):
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
     if args.data == "shapes" and args.device == "cpu":
-        torch.set_num_threads(1)  # tensors this small gain little from more, and stall on shared cores
+        # Tensors this small gain little from more threads, and stall on shared cores.
+        torch.set_num_threads(1)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         join_processes(args)
 
@@ -852,8 +872,8 @@ if __name__ == "__main__":
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"train.py: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped, and if a state was saved, the same command with --resume goes on "
-                 "from it")
+        sys.exit("train.py: stopped, and if a state was saved, the same command with --resume goes "
+                 "on from it")
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
