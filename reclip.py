@@ -3,12 +3,12 @@
 The method in one drawing. Only what stands in [brackets] learns; CLIP is frozen everywhere.
 
     image -- CLIP's image encoder --> Z --+-- W_q: "a photo of a cat." ----> M_q ----------+
-                                          |                                               |
-                                          +-- W_r: [v_1] .. [v_L] cat -----> M_r --+      | minus
-                                                                                   + M_b -+---> M
-    CLIP's positional embedding p ---------------- [positional net] ------> M_p ---+            |
-                                                                                                |
-    loss <---- does the vector under <---- the mean of Z <---- one mask per <---- Gumbel-softmax
+                                          |                                                |
+                                          +-- W_r: [v_1] .. [v_L] cat -----> M_r --+     minus --> M
+                                                                                   +-- M_b +       |
+    CLIP's positional embedding p ---------------- [positional net] ------> M_p ---+               |
+                                                                                                   |
+    loss <---- does the vector under <---- the mean of Z <---- one mask per <---- Gumbel-softmax --+
     Eq. (5)    mask c resemble text c?     under each mask     class              Eq. (4)
 
 What stands here, in the paper's order
@@ -633,10 +633,9 @@ def strong_classes(logits, threshold, scale=100.0):
     """Prompt denoising: which classes does the whole image speak for? (1, C, h, w) -> (C,) bool.
 
     A class whose best probability softmax(scale * M) anywhere in the image stays below the
-    threshold
-    is dropped: an object that is there has a patch that is sure of it. If no class passes, all
-    stay. (The released code then drops all, so that class 0 wins everywhere.) Not in the paper;
-    the released evaluation does it.
+    threshold is dropped: an object that is there has a patch that is sure of it. If no class
+    passes, all stay. (The released code then drops all, so that class 0 wins everywhere.) Not in
+    the paper; the released evaluation does it.
     """
     best = (scale * logits).softmax(1).amax((0, 2, 3))                  # (C,)
     kept = best >= threshold
@@ -754,8 +753,7 @@ def summed_l1(Z, Z_student, size, to_pixels, student_to_pixels):
     """Eq. (7) before the mean: (B, channels, h, w), (B, channels, h', w') -> scalar.
 
     An L1 norm is a sum over channels, so groups of channels may be added. Of a cosine, an L2
-    norm or
-    anything else that couples channels this is not true: such a loss needs all D at once.
+    norm or anything else that couples channels this is not true: such a loss needs all D at once.
     """
     # channels last: the same numbers, but a CPU enlarges them more than twice as fast
     Z = Z.contiguous(memory_format=torch.channels_last)

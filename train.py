@@ -15,8 +15,7 @@ What stands here
     main                     the command line
 
 The hyper-parameters are datasets.Settings, with the source of each. The stream of training
-images yields
-images and names only: nothing here that learns reads a label of a data set.
+images yields images and names only: nothing here that learns reads a label of a data set.
 
 Symbols: B images per step, C classes, D width of CLIP's joint space; H x W pixels, h x w patches.
 """

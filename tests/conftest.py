@@ -93,7 +93,7 @@ def make_voc(tmp_path):
                 blocks = rng.choice([*range(21), 255], (20, 20))
                 blocks[:3, :9] = np.resize([*range(21), 255], (3, 9))  # each value stands in each label
                 label = Image.fromarray(np.kron(blocks, np.ones((10, 10)))[:H, :W].astype(np.uint8), mode="P")
-                label.putpalette([value for colour in voc_palette() for value in colour])
+                label.putpalette([value for color in voc_palette() for value in color])
                 label.save(base / "SegmentationClass" / f"{name}.png")
         return tmp_path
     return make
