@@ -103,6 +103,33 @@ def test_two_ranks_see_different_pictures_write_once_and_resume(command, tmp_pat
         train.main(command("run", "--resume"))
 
 
+def nan_of_one_rank(rank, port, folder):
+    """A gradient that is NaN in process 1 alone; what each process says of the step goes to a file."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    weight = nn.Parameter(torch.ones(3))
+    run = train.Run("rectify", folder, {})
+    run.saved = 4
+    for step, factor in ((5, 1.0), (6, float("nan") if rank == 1 else 1.0)):
+        weight.grad = None
+        loss = (factor * weight).sum()
+        loss.backward()
+        train.average_gradients([weight])
+        try:
+            run.require_finite(step, loss, [weight], [f"image of {rank}"])
+        except ValueError as error:
+            (folder / f"{rank}.txt").write_text(f"{step}: {error}")
+    dist.destroy_process_group()
+
+
+def test_nan_of_one_rank_ends_both_at_the_same_step(tmp_path):
+    mp.spawn(nan_of_one_rank, (free_port(), tmp_path), nprocs=2)
+    for rank in range(2):
+        said = (tmp_path / f"{rank}.txt").read_text()
+        assert said.startswith("6: ") and f"at step 6 on image of {rank}" in said
+        assert "holds step 4" in said and "the step was not taken" in said
+
+
 def test_ranks_share_the_stream_without_overlap(monkeypatch, tmp_path):
     """Five steps of two ranks with three pictures each are the first thirty of the stream, each once."""
     class Stream(torch.utils.data.Dataset):
