@@ -1,4 +1,4 @@
-"""Evaluation: mIoU on a data set, and masks of any images.
+"""Evaluation: mIoU of a model on a data set, and masks of any images.
 
     python eval.py --stage rectify --data shapes --split test
     python eval.py --stage clip    --data voc --root DIR      (the MaskCLIP baseline, same code)
@@ -7,21 +7,30 @@
 What stands here
     confusion_matrix, scores       mIoU
     Protocol, slide, predict_mask  from one image to its mask
-    predict_split, evaluate_stage  a model on a whole split
-    color_mask, draw_grid, ...     images of masks
-    segment_images                 masks of your own images
-    main                           the command line
+    predict_split, evaluate_stage  a model on a whole split: table, JSON, image of examples
+    color_mask, draw_...           masks as images
+    segment_images                 masks of your own images, three files each
+    open_model, main               the command line
 
-Symbols: C classes; (H, W) size of the image that the network sees, (H0, W0) size of the mask;
-M logits (1, C, h, w).
+Symbols
+    C classes; (H, W) size of the image that the network sees, (H0, W0) size of its truth and mask
+    M logits (1, C, h, w), one vector of C numbers for each patch of an h x w grid
+    truth: the class of each pixel as people drew it, 0..C-1 or IGNORE; it measures, never trains
 
-Alone, confusion_matrix and scores need no more than torch and IGNORE:
-    confusion = sum(confusion_matrix(mask, truth, 20) for mask, truth in results)
+Copied elsewhere, confusion_matrix and scores need no more than torch and IGNORE:
+    confusion = torch.zeros(20, 20, dtype=torch.int64)
+    for mask, truth in results:                               # (H0, W0) each, uint8
+        confusion += confusion_matrix(mask, truth, classes=20)
     print(scores(confusion)["miou"])
+
+The mask of one image, float (3, H, W) in [0, 1], from a checkpoint:
+    model = ReCLIP.load("runs/voc/rectify.pt")
+    mask = predict_mask(model, "rectify", image, image.shape[1:], Protocol(short_side=336))
 """
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -50,7 +59,8 @@ from datasets import (
 from deeplab import DeepLabV2
 from reclip import PROMPTS, ReCLIP, segment
 
-# stage: (which part of the model's Logits is the answer, the title of its masks)
+# Every model answers with Logits, M_q and M among them. A stage names the part that is its answer,
+# and the title of its masks. "clip" is a ReCLIP of which nothing but M_q is read: MaskCLIP.
 STAGE_PARTS = {
     "clip": ("query", "CLIP"),
     "rectify": ("rectified", "rectified"),
@@ -60,49 +70,94 @@ STAGE_PARTS = {
 
 # --- mIoU -----------------------------------------------------------------------------------------
 
-def confusion_matrix(prediction, truth, classes):
-    """Counts of pixels, (C, C) int64: row = truth, column = prediction, both (H, W) class indices.
+# One matrix of a whole split, and not one IoU per image: IoU is a ratio, and a mean of ratios
+# would let a class of 3 pixels in one image weigh as much as one that fills another. In most
+# images a class does not occur at all, and its ratio would be 0 / 0. Counts of pixels can simply
+# be added, so the matrices of all images are, and the ratio is taken once, at the end. So VOC has
+# always done it.
 
-    Pixels whose truth is IGNORE do not count. Matrices of images may be added: mIoU is taken of the
-    sum, over all pixels of the split, and not image by image.
+def confusion_matrix(prediction, truth, classes):
+    """Counts the pixels of each pair of true and predicted class.
+
+    prediction, truth: (H0, W0) class indices 0..C-1, integers of any kind. classes: C.
+    -> (C, C) int64; entry [t, p]: pixels that are t and were called p.
+
+    Pixels whose truth is IGNORE are left out, whatever was predicted there. None of the C names
+    applies to them (background, ground, "other"), or the annotators left them open (the void
+    borders of VOC): no answer with one of the C names could be right there.
     """
-    valid = truth != IGNORE
-    pair = truth[valid].long() * classes + prediction[valid].long()
-    return torch.bincount(pair, minlength=classes ** 2).reshape(classes, classes)
+    evaluated = truth != IGNORE                                         # (H0, W0) bool
+
+    # The pair (t, p) as one number t * C + p, so that one histogram counts all pairs at once.
+    pairs = truth[evaluated].long() * classes + prediction[evaluated].long()
+    counts = torch.bincount(pairs, minlength=classes ** 2)              # (C * C,)
+    return counts.reshape(classes, classes)
 
 
 def scores(confusion):
-    """(C, C) counts -> {"miou", "iou", "present", "pixel_accuracy"}, fractions of 1.
+    """What is reported of a confusion matrix (C, C); all fractions of 1.
 
-    IoU of a class: pixels that are of it and are called so, over pixels that are either. iou
-    holds C of them, nan where a class never occurs in the truth; miou is the mean over the
-    classes that do (present of them). The released code counts absent classes as 0.
+    -> {"miou": mean of iou over the classes that occur in the truth,
+        "iou": C numbers, nan for the classes that do not occur,
+        "present": how many classes occur,
+        "pixel_accuracy": pixels that are right, of all that were evaluated}
     """
     confusion = confusion.double()
-    hit = confusion.diagonal()                                          # (C,)
-    truth = confusion.sum(1)
-    predicted = confusion.sum(0)
-    iou = torch.where(truth > 0, hit / (truth + predicted - hit), torch.nan)
+    hit = confusion.diagonal()                                          # (C,) pixels that are right
+    truth = confusion.sum(1)                                            # (C,) pixels that are of it
+    predicted = confusion.sum(0)                                        # (C,) pixels called so
+
+    # Intersection over union: pixels that are of the class AND called so, over pixels that are one
+    # OR the other. In the sum of the two the intersection is counted twice, so one is taken off.
+    iou = hit / (truth + predicted - hit)                               # (C,)
+
+    # A class that never occurs says nothing about a model: its IoU is 0 after a single stray pixel
+    # and 0 / 0 without one. So the mean is over the classes that do occur. (The released code
+    # counts the others as 0. Where all classes occur, as on VOC's val, both means are the same.)
+    present = truth > 0
+    iou = torch.where(present, iou, torch.nan)
+
     return {
         "miou": iou.nanmean().item(),
         "iou": iou.tolist(),
-        "present": int((truth > 0).sum()),
+        "present": int(present.sum()),
         "pixel_accuracy": (hit.sum() / truth.sum()).item(),
     }
 
 
-# --- From an image to its mask --------------------------------------------------------------------
+# --- From one image to its mask -------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Protocol:
-    """How an image becomes a mask; without it a number means nothing."""
-    short_side: int                    # pixels; images are resized to it, 0: their own size
-    window: int = 0                    # side of a sliding window, pixels; 0: whole images
+    """How an image becomes a mask. A number without it means nothing: each line moves mIoU."""
+    short_side: int                    # pixels; images are resized to it before; 0: their own size
+    window: int = 0                    # side of a sliding window, pixels; 0: the whole image
     stride: int = 224                  # from one window to the next, pixels
-    denoise: float = 0.0               # classes nowhere this probable are dropped
+    denoise: float = 0.0               # probability, see below; 0: off
     background_threshold: float = 0.0  # pixels less probable than this get no class; 0: none
 
+    # Denoising (reclip.strong_classes): among C texts there is always one that fits a patch of wall
+    # or shadow a little better than the rest, so a few patches get the name of something that is
+    # not in the image at all. An object that is there has at least one patch that is sure of it. So
+    # classes that are nowhere as probable as `denoise` are taken off the list for this image, and
+    # their patches go to the best of the others. Not in the paper; the released evaluation does it.
+
+    def __post_init__(self):
+        if self.short_side < 0:
+            raise ValueError(f"short_side is {self.short_side}; it must be 0 or more pixels")
+        if self.window < 0:
+            raise ValueError(f"window is {self.window}; it must be 0 (no windows) or more pixels")
+        if self.window and not 1 <= self.stride <= self.window:
+            raise ValueError(f"stride is {self.stride}; it must lie in 1..{self.window}, the "
+                             "window, or parts of the image would never be seen")
+        if not 0 <= self.denoise <= 1:
+            raise ValueError(f"denoise is {self.denoise}; a probability, it must lie in 0..1")
+        if not 0 <= self.background_threshold <= 1:
+            raise ValueError(f"background_threshold is {self.background_threshold}; a probability, "
+                             "it must lie in 0..1")
+
     def describe(self):
+        """The protocol in words, for the line above a table."""
         seen = "whole images"
         if self.window:
             seen = f"windows of {self.window}, stride {self.stride}"
@@ -110,35 +165,55 @@ class Protocol:
 
 
 def window_starts(cells, window, stride):
-    """First cells of windows that cover a row of cells; the last one ends where the row does."""
+    """First cell of each window over a row of `cells`; window, stride: cells too. -> list
+
+    The last window is moved back, so that it ends where the row ends. Of 11 cells, with windows of
+    6 cells every 2:
+
+        cells      0  1  2  3  4  5  6  7  8  9 10
+        windows   [0              5]
+                        [2              7]
+                              [4              9]
+                                 [5             10]        starts: [0, 2, 4, 5]
+    """
     last = max(cells - window, 0)
     return [min(start, last) for start in range(0, last + stride, stride)]
 
 
 def slide(model, part, image, window, stride):
-    """Logits of a large image from overlapping windows: (1, 3, H, W) -> (1, C, h, w).
+    """Logits of a large image from overlapping windows: (1, 3, H, W) in [0, 1] -> (1, C, h, w).
 
-    Each window of `window` pixels sees its part alone, at a size that CLIP is used to; where
-    windows overlap their logits are averaged. Windows start at whole cells, so that all share
-    the grid that the whole image would have: memory does not grow with the number of pixels.
+    CLIP was trained at 224 x 224 pixels. For an image many times larger its positional embedding
+    is stretched far, and every patch attends to thousands of others. A window shows it a part of
+    the image at a size that it is used to. Where windows overlap, what they say is averaged: a
+    patch at the edge of one, where half of its surroundings are missing, lies inside another.
 
-    part: name of the Logits that are wanted. window, stride: multiples of model.output_stride.
+    part: the field of the model's Logits that is wanted, "query" or "rectified".
+    window, stride: pixels, multiples of model.output_stride. All windows then start at whole cells
+        and share the grid h x w that the whole image would have. So logits are added on patches,
+        not on pixels, and memory does not grow with the number of windows.
     """
-    side = model.output_stride
-    if window % side or stride % side:
-        raise ValueError(f"window {window} and stride {stride} must be multiples of {side}, the "
-                         "pixels from one cell of this model's grid to the next")
-    h = -(-image.shape[2] // side)
-    w = -(-image.shape[3] // side)
-    size = window // side
-    step = stride // side
+    output_stride = model.output_stride
+    if window % output_stride or stride % output_stride:
+        raise ValueError(f"window {window} and stride {stride} must be multiples of "
+                         f"{output_stride}, the pixels from one cell of this model's grid to the "
+                         "next")
 
-    total = None
-    count = image.new_zeros(h, w)
+    # From here on in cells; a cell that the image fills only in part counts, for the model pads it.
+    h = math.ceil(image.shape[2] / output_stride)
+    w = math.ceil(image.shape[3] / output_stride)
+    size = window // output_stride
+    step = stride // output_stride
+
+    total = None                                                        # (1, C, h, w)
+    count = image.new_zeros(h, w)                                       # windows over each cell
     for i in window_starts(h, size, step):
         for j in window_starts(w, size, step):
-            seen = image[..., i * side:(i + size) * side, j * side:(j + size) * side]
-            logits = getattr(model(seen), part)                         # (1, C, size or less, same)
+            top = i * output_stride
+            left = j * output_stride
+            seen = image[..., top:top + window, left:left + window]     # (1, 3, <= window, same)
+            logits = getattr(model(seen), part)                         # (1, C, <= size, same)
+
             if total is None:
                 total = logits.new_zeros(1, logits.shape[1], h, w)
             total[..., i:i + size, j:j + size] += logits
@@ -148,13 +223,24 @@ def slide(model, part, image, window, stride):
 
 @torch.no_grad()
 def predict_mask(model, stage, image, size, protocol):
-    """float (3, H, W) in [0, 1] -> its mask at size (H0, W0), uint8, on the CPU."""
+    """The mask of one image: float (3, H, W) in [0, 1] -> (H0, W0) uint8, on the CPU.
+
+    model: a ReCLIP or DeepLabV2 in eval mode. stage: a key of STAGE_PARTS.
+    image: already resized to protocol.short_side (datasets.Evaluation does it).
+    size: (H0, W0) of the mask that is wanted. mIoU is taken at the size of the truth.
+    -> class indices 0..C-1; IGNORE for pixels below protocol.background_threshold
+    """
     part = STAGE_PARTS[stage][0]
     seen = image[None].to(model.W_q.device)                             # (1, 3, H, W)
+
+    # Which class does each patch resemble?
     if protocol.window:
         logits = slide(model, part, seen, protocol.window, protocol.stride)
     else:
         logits = getattr(model(seen), part)                             # (1, C, h, w)
+
+    # Logits are enlarged to pixels before the best class is taken: borders then run smoothly
+    # through the patches, where a mask of patches would be made of squares.
     mask = segment(
         logits,
         model.output_stride,
@@ -168,18 +254,70 @@ def predict_mask(model, stage, image, size, protocol):
 
 
 def predict_split(model, stage, dataset, protocol, title, workers=0):
-    """Yields (mask (H0, W0), truth (H0, W0), name) of each image of a datasets.Evaluation."""
+    """Yields (mask (H0, W0) uint8, truth (H0, W0) uint8, name) of each image of a split, in order.
+
+    dataset: a datasets.Evaluation. title: of the progress line. workers: processes that decode.
+    """
     progress = Progress(title, len(dataset))
-    loader = DataLoader(dataset, None, num_workers=workers)
+    # Images of a split differ in size: one at a time, not in batches.
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers)
     for i, (image, truth, name) in enumerate(loader):
-        yield predict_mask(model, stage, image, truth.shape, protocol), truth, name
+        mask = predict_mask(model, stage, image, truth.shape, protocol)
+        yield mask, truth, name
         progress(i + 1)
 
 
 # --- A model on a split ---------------------------------------------------------------------------
 
+def evaluate_stage(
+    model, stage, facts, split_name, dataset, protocol, out, others=(), workers=0
+):
+    """Evaluates a model on a split: prints a table, writes <out>/eval_<stage>.json and .png.
+
+    model, stage, protocol: as in predict_mask.
+    facts: DataFacts of the data set. dataset: Evaluation over its split split_name.
+    others: (model, stage) pairs whose masks are drawn beside this model's.
+    -> the dict of scores
+    """
+    C = len(model.class_names)
+    confusion = torch.zeros(C, C, dtype=torch.int64)
+    title = f"evaluate {stage}"
+    for mask, truth, _ in predict_split(model, stage, dataset, protocol, title, workers):
+        confusion += confusion_matrix(mask, truth, C)
+    result = scores(confusion)
+
+    print(f"\n{stage}: {facts.name} {split_name}, {protocol.describe()}, {facts.background}")
+    print_scores(result, model.class_names)
+
+    # JSON knows no nan: an absent class has null.
+    iou_of_class = {}
+    for name, iou in zip(model.class_names, result["iou"]):
+        iou_of_class[name] = None if math.isnan(iou) else iou
+    report = {
+        "miou": result["miou"],
+        "pixel_accuracy": result["pixel_accuracy"],
+        "confusion": confusion.tolist(),
+        "iou": iou_of_class,
+        "protocol": protocol_facts(model, stage, facts, protocol),
+    }
+    report["protocol"] |= {
+        "split": split_name,
+        "pictures": len(dataset),
+        "classes_present": result["present"],
+        # Of what was learnt, not of the file: a file is another one each time it is written.
+        "checkpoint_sha256": None if stage == "clip" else model.fingerprint(),
+    }
+    with written_atomically(out / f"eval_{stage}.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1))
+
+    columns = [*others, (model, stage)]
+    examples = draw_examples(columns, dataset, facts, protocol)
+    examples.save(out / f"eval_{stage}.png")
+    return result
+
+
 def protocol_facts(model, stage, facts, protocol):
-    """Everything without which a number or a mask means nothing, for the JSON files."""
+    """All that a number or a mask depends on, as the JSON files keep it."""
     return {
         "data": facts.name,
         "stage": stage,
@@ -190,66 +328,24 @@ def protocol_facts(model, stage, facts, protocol):
         "background": facts.background,
         "class_names": list(model.class_names),
         "attention": model.settings.get("attention"),
-        "clip_sha256": model.clip.sha256 if stage != "distill" else None,
+        "clip_sha256": None if stage == "distill" else model.clip.sha256,
     }
-
-
-def evaluate_stage(
-    model, stage, facts, split_name, dataset, protocol, out, others=(), workers=0
-):
-    """Evaluates a model on a split; prints a table, writes <out>/eval_<stage>.json and .png.
-
-    stage: a key of STAGE_PARTS. facts: datasets.DataFacts. dataset: datasets.Evaluation.
-    others: (model, stage) pairs whose masks stand beside this one's in the picture.
-    -> the dict of scores
-    """
-    C = len(model.class_names)
-    confusion = torch.zeros(C, C, dtype=torch.int64)
-    for mask, truth, _ in predict_split(
-        model, stage, dataset, protocol, f"evaluate {stage}", workers
-    ):
-        confusion += confusion_matrix(mask, truth, C)
-    result = scores(confusion)
-
-    print(f"\n{stage}: {facts.name} {split_name}, {protocol.describe()}, {facts.background}")
-    print_scores(result, model.class_names)
-
-    report = {
-        "miou": result["miou"],
-        "pixel_accuracy": result["pixel_accuracy"],
-        "confusion": confusion.tolist(),
-        "iou": {},
-        "protocol": protocol_facts(model, stage, facts, protocol),
-    }
-    for name, iou in zip(model.class_names, result["iou"]):
-        report["iou"][name] = iou if iou == iou else None  # nan, an absent class, is no JSON
-    report["protocol"] |= {
-        "split": split_name,
-        "pictures": len(dataset),
-        "classes_present": result["present"],
-        "checkpoint_sha256": model.fingerprint() if stage != "clip" else None,
-    }
-    with written_atomically(out / f"eval_{stage}.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1))
-
-    columns = [*others, (model, stage)]
-    draw_examples(columns, dataset, facts, protocol).save(out / f"eval_{stage}.png")
-    return result
 
 
 def print_scores(result, class_names):
-    """The IoU of each class in two columns, and the mean."""
+    """The IoU of each class, two a line, and below them the mean."""
     cells = []
     for name, iou in zip(class_names, result["iou"]):
-        shown = f"{100 * iou:6.1f}" if iou == iou else "absent"
+        shown = "absent" if math.isnan(iou) else f"{100 * iou:6.1f}"
         cells.append(f"  {name:<16}{shown}")
+
     for left, right in zip_longest(cells[::2], cells[1::2], fillvalue=""):
         print(f"{left:<28}{right}")
     print(f"  mIoU {100 * result['miou']:.1f} over the {result['present']} of {len(class_names)} "
           f"classes present; pixel accuracy {100 * result['pixel_accuracy']:.1f}")
 
 
-# --- Images of masks ------------------------------------------------------------------------------
+# --- Masks as images ------------------------------------------------------------------------------
 
 WHITE = (255, 255, 255)
 INK = (30, 30, 30)
@@ -258,59 +354,87 @@ FONT = ImageFont.load_default(13)
 
 
 def color_mask(mask, palette, truth=None):
-    """Class indices (H, W) -> colors uint8 (3, H, W).
+    """Class indices (H0, W0) -> their colors, uint8 (3, H0, W0); IGNORE is grey.
 
-    IGNORE is grey; with truth given, so are the pixels that are not evaluated: whatever a model
-    says there is neither right nor wrong, and would hide what is.
+    palette: C colors (r, g, b). truth: if given, pixels that are not evaluated are grey in the mask
+    too. A model has to give one of the C names to every pixel, so it floods the background with
+    colors; these are neither right nor wrong, and would hide the pixels that count.
     """
-    table = torch.tensor([*palette, *[GREY] * (256 - len(palette))], dtype=torch.uint8)   # (256, 3)
+    greys = [GREY] * (256 - len(palette))
+    table = torch.tensor([*palette, *greys], dtype=torch.uint8)         # (256, 3)
     if truth is not None:
         mask = torch.where(truth == IGNORE, IGNORE, mask)
     return table[mask.long()].permute(2, 0, 1)
 
 
 def with_legend(image, entries):
-    """A PIL image with a legend below. entries: (color, text); of synonyms the first is shown."""
-    entries = [(color, text.split("|")[0].strip()) for color, text in entries]
-    widths = [int(FONT.getlength(text)) for _, text in entries]
-    cell = 34 + max(widths, default=0)
-    columns = max(1, image.width // cell)
-    lines = -(-len(entries) // columns)
+    """A PIL image with a legend below it.
 
-    canvas = Image.new("RGB", (max(image.width, cell), image.height + 6 + 20 * lines), WHITE)
+    entries: (color, text) pairs; of "sofa | couch" the first synonym is shown. -> PIL image
+    """
+    entries = [(color, text.split("|")[0].strip()) for color, text in entries]
+
+    # All entries are as wide as the longest: 12 pixels of color, gaps, text. As many as fit a line.
+    widths = [int(FONT.getlength(text)) for _, text in entries]
+    entry_width = 34 + max(widths, default=0)
+    columns = max(1, image.width // entry_width)
+    lines = math.ceil(len(entries) / columns)
+
+    width = max(image.width, entry_width)
+    canvas = Image.new("RGB", (width, image.height + 6 + 20 * lines), WHITE)
     canvas.paste(image)
     pen = ImageDraw.Draw(canvas)
     for i, (color, text) in enumerate(entries):
-        x = 6 + i % columns * cell
-        y = image.height + 4 + i // columns * 20
+        line, column = divmod(i, columns)
+        x = 6 + column * entry_width
+        y = image.height + 4 + line * 20
         pen.rectangle([x, y + 2, x + 12, y + 14], tuple(color), INK)
         pen.text((x + 18, y), text, INK, FONT)
     return canvas
 
 
 def into_tile(image, tile):
-    """uint8 (3, H, W) -> (3, tile, tile): scaled to fit, in the middle of white."""
+    """uint8 (3, H, W) -> (3, tile, tile): scaled until it fits, in the middle of white."""
     factor = tile / max(image.shape[1:])
-    size = [max(1, round(side * factor)) for side in image.shape[1:]]
-    image = resize(image, size, InterpolationMode.NEAREST)  # masks keep their colors
-    right, below = tile - size[1], tile - size[0]
-    return F.pad(image, (right // 2, right - right // 2, below // 2, below - below // 2), value=255)
+    height, width = [max(1, round(side * factor)) for side in image.shape[1:]]
+
+    # Enlarged, every pixel stays a clean square: masks keep their exact colors. Made smaller,
+    # pixels are averaged: single ones, picked out, would make a speckled photograph.
+    if factor < 1:
+        image = resize(image, [height, width], antialias=True)
+    else:
+        image = resize(image, [height, width], InterpolationMode.NEAREST)
+
+    left = (tile - width) // 2
+    top = (tile - height) // 2
+    padding = (left, tile - width - left, top, tile - height - top)
+    return F.pad(image, padding, value=255)
 
 
 def draw_grid(rows, titles, entries=(), tile=136, gap=8):
-    """rows: lists of uint8 (3, H, W), one per title; entries: the legend. -> PIL image"""
-    tiles = [into_tile(image, tile) for row in rows for image in row]
+    """Rows of images under the titles of their columns, with a legend below. -> PIL image
+
+    rows: lists of uint8 (3, H, W), of any sizes, one for each title. entries: as in with_legend.
+    """
+    tiles = []
+    for row in rows:
+        tiles += [into_tile(image, tile) for image in row]
     grid = make_grid(tiles, nrow=len(titles), padding=gap, pad_value=255)
+
     canvas = Image.new("RGB", (grid.shape[2], grid.shape[1] + 20), WHITE)
     canvas.paste(to_pil_image(grid), (0, 20))
     pen = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
-        pen.text((gap + tile / 2 + column * (tile + gap), 5), title, INK, FONT, "ma")
+        middle = gap + column * (tile + gap) + tile / 2
+        pen.text((middle, 5), title, INK, FONT, "ma")
     return with_legend(canvas, entries)
 
 
 def draw_examples(columns, dataset, facts, protocol, count=6):
-    """The first images of a split (not the best): image, truth, masks of each (model, stage)."""
+    """The first `count` images of a split, hence not the best, with truth and masks. -> PIL image
+
+    columns: (model, stage) pairs, a column of masks each. dataset: Evaluation. facts: DataFacts.
+    """
     titles = ["image", "truth"]
     for _, stage in columns:
         titles.append(STAGE_PARTS[stage][1])
@@ -327,58 +451,70 @@ def draw_examples(columns, dataset, facts, protocol, count=6):
 
 
 def draw_overlay(image, mask, palette, entries, longest=1600):
-    """image uint8 (3, H, W) under its mask (H, W), with a legend; `longest` pixels at most."""
+    """An image under its half transparent mask, with a legend below. -> PIL image
+
+    image: uint8 (3, H0, W0). mask: (H0, W0) uint8; where it is IGNORE the image stays as it is.
+    entries: as in with_legend. The image is drawn at most `longest` pixels wide and high; a tiny
+    one is enlarged to 320.
+    """
     factor = min(longest, max(320, *mask.shape)) / max(mask.shape)
     size = [max(1, round(side * factor)) for side in mask.shape]
     image = resize(image, size, antialias=True)
-    mask = resize(mask[None], size, InterpolationMode.NEAREST)[0]
+    mask = resize(mask[None], size, InterpolationMode.NEAREST)[0]  # there is no class 3.5
 
-    found = [c for c in mask.unique().tolist() if c != IGNORE]
-    if found:
-        masks = torch.stack([mask == c for c in found])                 # (found, H, W)
-        image = draw_segmentation_masks(image, masks, 0.5, [tuple(palette[c]) for c in found])
+    classes = [c for c in mask.unique().tolist() if c != IGNORE]
+    if classes:
+        layers = torch.stack([mask == c for c in classes])              # (classes, H, W) bool
+        colors = [tuple(palette[c]) for c in classes]
+        image = draw_segmentation_masks(image, layers, alpha=0.5, colors=colors)
     return with_legend(to_pil_image(image), entries)
 
 
 # --- Masks of any images --------------------------------------------------------------------------
 
 def segment_images(model, stage, facts, images, protocol, out):
-    """Three files per image below <out>/masks: NAME.index.png, NAME.overlay.png and NAME.json.
+    """Masks of images without truth, three files each below <out>/masks:
 
-    The index PNG has the image's own size: 0 is background, 1..C are the classes.
-    images: datasets.Folder. facts: its palette colors the classes.
+        NAME.index.png      palette PNG of the image's own size; 0 is background, 1..C the classes
+        NAME.overlay.png    the image under its mask, with a legend
+        NAME.json           the share of the image that each class covers, and the protocol
+
+    model, stage, protocol: as in predict_mask. facts: DataFacts, for its palette.
+    images: datasets.Folder.
     """
     progress = Progress("segment", len(images))
     for i, name in enumerate(images.names):
         image = images.image(i)                                         # uint8 (3, H0, W0)
-        resized = resize_short_side(image, protocol.short_side)
-        seen = to_dtype(resized, torch.float32, scale=True)             # (3, H, W)
+        resized = resize_short_side(image, protocol.short_side)         # uint8 (3, H, W)
+        seen = to_dtype(resized, torch.float32, scale=True)             # in [0, 1]
         mask = predict_mask(model, stage, seen, image.shape[1:], protocol)
 
-        counts = mask.flatten().bincount(minlength=256).double()
-        areas = (counts / mask.numel()).tolist()
-        found = [c for c in range(256) if areas[c]]
-        found.sort(key=areas.__getitem__, reverse=True)
-        names = {}
-        for c in found:
-            names[c] = "background" if c == IGNORE else model.class_names[c].split("|")[0].strip()
+        # What was found, the largest first: a class, or IGNORE for the background.
+        counts = mask.flatten().bincount(minlength=256).double()        # (256,)
+        shares = (counts / mask.numel()).tolist()
+        by_size = counts.argsort(descending=True, stable=True).tolist()
+        found = [c for c in by_size if counts[c] > 0]
 
-        inside = [part for part in Path(name).parts if part not in ("..", "/")]
-        path = out / "masks" / Path(*inside)
+        areas = {}    # name: share of the image
+        values = {}   # name: value in the index PNG
+        entries = []  # of the legend
+        for c in found:
+            found_name, color = "background", GREY
+            if c != IGNORE:
+                found_name, color = model.class_names[c].split("|")[0].strip(), facts.palette[c]
+            areas[found_name] = shares[c]
+            values[found_name] = (c + 1) % 256
+            entries.append((color, f"{found_name} {100 * shares[c]:.1f} %"))
+
+        path = mask_path(out, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_index(mask, facts.palette, f"{path}.index.png")
-
-        entries = []
-        for c in found:
-            color = GREY if c == IGNORE else facts.palette[c]
-            entries.append((color, f"{names[c]} {100 * areas[c]:.1f} %"))
         draw_overlay(image, mask, facts.palette, entries).save(f"{path}.overlay.png")
-
         report = {
             "picture": name,
             "size": [image.shape[2], image.shape[1]],
-            "areas": {names[c]: areas[c] for c in found},
-            "index": {names[c]: (c + 1) % 256 for c in found},
+            "areas": areas,
+            "index": values,
             "background_threshold": protocol.background_threshold,
             "protocol": protocol_facts(model, stage, facts, protocol),
         }
@@ -387,9 +523,18 @@ def segment_images(model, stage, facts, images, protocol, out):
     print(f"{len(images)} images segmented, {len(images.skipped)} unreadable: {out / 'masks'}")
 
 
+def mask_path(out, name):
+    """Where the files of an image go: below <out>/masks, even if its name is an absolute path."""
+    parts = [part for part in Path(name).parts if part not in ("..", "/")]
+    return out / "masks" / Path(*parts)
+
+
 def save_index(mask, palette, path):
-    """Class indices (H, W) as a palette PNG: 0 background (IGNORE + 1 as a byte), 1..C classes."""
-    index = Image.fromarray((mask + 1).numpy())
+    """Class indices (H0, W0) uint8 as a palette PNG: 0 background (IGNORE), 1..C the classes.
+
+    The file holds indices and shows colors, as the label files of VOC do.
+    """
+    index = Image.fromarray((mask + 1).numpy())  # bytes: IGNORE + 1 = 256 = 0
     colors = [0, 0, 0]
     for color in palette:
         colors += color
@@ -400,20 +545,28 @@ def save_index(mask, palette, path):
 # --- Command line ---------------------------------------------------------------------------------
 
 def open_model(stage, path, facts, clip_name=None, device="cpu", attention="maskclip"):
-    """What a stage names, in eval mode: the checkpoint at path, or for "clip" the plain CLIP."""
-    clip = None  # where the checkpoint found it
+    """The model that a stage names, in eval mode.
+
+    stage: "rectify" or "distill", the checkpoint at path; "clip": plain CLIP, which needs none.
+    facts: DataFacts; a checkpoint must be of the same classes, unless facts names none.
+    clip_name: as load_clip knows it; None: where the checkpoint found it, or the data set's.
+    attention: of plain CLIP; a checkpoint keeps its own.
+    """
+    clip = None
     if stage == "clip" or clip_name:
         clip = load_clip(clip_name or facts.clip, device)
+
     if stage == "clip":
-        prompts = facts.prompts or PROMPTS
-        return ReCLIP(
+        # ReCLIP without its two biases: M = M_q, which is MaskCLIP.
+        model = ReCLIP(
             clip,
             facts.classes,
-            prompts=prompts,
+            prompts=facts.prompts or PROMPTS,
             prompt_length=0,
             positional_channels=0,
             attention=attention,
-        ).eval()
+        )
+        return model.eval()
 
     if stage == "distill":
         model = DeepLabV2.load(path, device)
@@ -425,13 +578,14 @@ def open_model(stage, path, facts, clip_name=None, device="cpu", attention="mask
     return model
 
 
-def parse_arguments(argv=None):
-    """The command line as (args, facts of the data set, protocol). ValueError: it does not fit."""
+def make_parser():
+    """The options of the command line, without the checks of what fits together."""
     best_device = "cpu"
     if torch.backends.mps.is_available():
         best_device = "mps"
     if torch.cuda.is_available():
         best_device = "cuda"
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--stage", choices=[*STAGE_PARTS, "paper"], default="rectify",
@@ -463,30 +617,45 @@ def parse_arguments(argv=None):
         help="from window to window, pixels (default: 224, at most the window)")
     add("--background-threshold", "--background_threshold", type=float, default=0.0,
         help="with --images: pixels less probable than this are background (default: 0, off)")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def parse_arguments(argv=None):
+    """The command line -> (args, DataFacts, Protocol). ValueError: options that do not fit."""
+    args = make_parser().parse_args(argv)
     if args.stage == "paper":
         raise ValueError("--stage paper is a program of its own now: python tests/paper.py")
     if args.attention and args.stage != "clip":
         raise ValueError("--attention goes with --stage clip; a checkpoint keeps its own")
-    if not 0 <= args.background_threshold <= 1 or (args.background_threshold and not args.images):
-        raise ValueError(f"--background-threshold {args.background_threshold} must lie in 0..1 and "
-                         "goes with --images")
-    knows_model = args.classes if args.stage == "clip" else (args.checkpoint or args.out)
-    if args.images and not (args.data or knows_model):
-        raise ValueError("--images needs --classes 'cat, dog' with --stage clip, else --checkpoint "
-                         "runs/NAME/STAGE.pt")
+
+    # Your own images do not say which classes to look for: a list, a checkpoint or a data set does.
+    classes_known = args.data or args.classes
+    if args.stage != "clip":
+        classes_known = args.data or args.checkpoint or args.out
+    if args.images and not classes_known:
+        raise ValueError("--images needs --classes 'cat, dog' with --stage clip, else "
+                         "--checkpoint runs/NAME/STAGE.pt")
+
+    # Where results go: beside the checkpoint that is used on your own images, else runs/<data>.
+    args.data = args.data or ("pictures" if args.images else "shapes")
     if args.out is None and args.images and args.checkpoint:
         args.out = args.checkpoint.parent
+    if args.out is None:
+        args.out = Path("runs") / Path(args.data).resolve().name
 
     facts = find_facts(args)
-    args.split = args.split or (facts.splits[0] if facts.splits else None)
-    if args.split not in (None, *facts.splits):
+    if facts.splits:
+        args.split = args.split or facts.splits[0]
+    if args.split and args.split not in facts.splits:
         raise ValueError(f"--split {args.split}: {args.data} has {', '.join(facts.splits)}")
+
+    protocol = find_protocol(args, facts)
+    if protocol.background_threshold and not args.images:
+        raise ValueError("--background-threshold goes with --images: pixels that a data set "
+                         "evaluates all have a class")
+
     if args.workers is None:
         args.workers = 4 if args.device.startswith("cuda") else 0
-    args.out = args.out or Path("runs") / Path(args.data).resolve().name
-    protocol = find_protocol(args, facts)
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -496,8 +665,7 @@ def parse_arguments(argv=None):
 
 
 def find_facts(args):
-    """Facts of the data set, or of your own images; their classes may be left to the checkpoint."""
-    args.data = args.data or ("pictures" if args.images else "shapes")
+    """DataFacts of the data set, or of your own images: classes (): a checkpoint will name them."""
     if not args.images:
         if args.data in DATA and args.classes:
             raise ValueError(f"--classes goes with your own images; {args.data} has its own "
@@ -505,24 +673,27 @@ def find_facts(args):
         if args.data not in DATA and not Path(args.data).is_dir():
             raise ValueError(f"--data {args.data} is neither a folder of images nor one of "
                              f"{', '.join(DATA)}")
-        if args.data not in DATA and not args.classes:
-            raise ValueError(f"--data {args.data} needs --classes 'cat, dog, grass', or a file "
-                             "with one class a line")
+        if args.data not in DATA:
+            raise ValueError(f"--data {args.data} has no truth to evaluate on; "
+                             f"--images {args.data} draws its masks")
     if args.classes:
         return own_facts(args.data, read_classes(args.classes))
-    return DATA.get(args.data) or own_facts(args.data, ())
+    if args.data in DATA:
+        return DATA[args.data]
+    return own_facts(args.data, ())
 
 
 def find_protocol(args, facts):
-    """The data set's protocol, with what the command line changes."""
-    short_side = facts.short_side if args.short_side is None else args.short_side
-    denoise = facts.denoise if args.denoise is None else args.denoise
-    stride = min(224, args.window) if args.stride is None else args.stride
-    if not 0 <= denoise <= 1:
-        raise ValueError(f"--denoise {denoise}: a probability between 0 and 1")
-    if args.window < 0 or short_side < 0 or (args.window and not 0 < stride <= args.window):
-        raise ValueError(f"--short-side {short_side} --window {args.window} --stride {stride}: "
-                         "none below 0, and --stride not larger than --window")
+    """The data set's own Protocol, with what the command line changes."""
+    short_side = facts.short_side
+    if args.short_side is not None:
+        short_side = args.short_side
+    denoise = facts.denoise
+    if args.denoise is not None:
+        denoise = args.denoise
+    stride = min(224, args.window)
+    if args.stride is not None:
+        stride = args.stride
     return Protocol(short_side, args.window, stride, denoise, args.background_threshold)
 
 
@@ -531,25 +702,23 @@ def main(argv=None):
     if args.data == "shapes" and args.device == "cpu":
         torch.set_num_threads(1)  # as in train.py: tensors this small stall on shared cores
 
-    # Missing files are named before CLIP is loaded.
+    # Images first: if they are missing, that is said before CLIP is loaded or fetched.
     if args.images:
         images = Folder(*args.images)
     else:
         split = open_split(args.data, args.root, args.split, args.download)
+
     path = args.checkpoint or args.out / f"{args.stage}.pt"
-    model = open_model(
-        args.stage, path, facts, args.clip, args.device, args.attention or "maskclip"
-    )
-    if not facts.classes:
-        facts = own_facts(args.data, model.class_names)
+    attention = args.attention or "maskclip"
+    model = open_model(args.stage, path, facts, args.clip, args.device, attention)
 
     if args.images:
+        if not facts.classes:
+            facts = own_facts(args.data, model.class_names)
         segment_images(model, args.stage, facts, images, protocol, args.out)
         return
-    if not facts.splits:
-        raise ValueError(f"{args.data} has no labels to evaluate on; eval.py --images {args.data} "
-                         "draws its masks")
 
+    # In the image of examples the earlier stages stand beside this one, as far as they are there.
     others = []
     teacher_path = args.out / "rectify.pt"
     if args.stage == "rectify":
@@ -557,6 +726,7 @@ def main(argv=None):
     elif args.stage == "distill" and teacher_path.is_file():
         teacher = open_model("rectify", teacher_path, facts, args.clip, args.device)
         others = [(teacher, "clip"), (teacher, "rectify")]
+
     dataset = Evaluation(split, protocol.short_side)
     evaluate_stage(
         model, args.stage, facts, args.split, dataset, protocol, args.out, others, args.workers

@@ -245,10 +245,10 @@ def test_thirty_odd_pictures_are_trained_on_and_segmented(odd_pictures, tiny_cli
 @pytest.mark.parametrize("options, words", [
     (["--stage", "clip", "--images", "."], "--images needs --classes"),
     (["--data", "nowhere"], "--data nowhere is neither a folder"),
-    (["--data", "."], "needs --classes"),
+    (["--data", "."], "has no truth to evaluate on"),
     (["--data", "voc", "--classes", "a, b"], "--classes goes with your own images"),
     (["--stage", "clip", "--window", "60", "--stride", "24"], "multiples of 8"),
-    (["--window", "64", "--stride", "0"], "--stride 0"), (["--background-threshold", "0.5"], "goes with --images"),
+    (["--window", "64", "--stride", "0"], "stride is 0"), (["--background-threshold", "0.5"], "goes with --images"),
     (["--background-threshold", "2"], "must lie in 0..1"),
     (["--attention", "sclip"], "--attention goes with --stage clip"),
     (["--stage", "clip", "--images", "nothing.jpg", "--classes", "coin, ring"], "nothing.jpg")])
