@@ -1,4 +1,4 @@
-"""eval.py: the confusion matrix, mIoU, the protocol's steps, and what is written."""
+"""eval.py: the confusion matrix, mIoU, from an image to its mask, drawing, and the command line."""
 
 import json
 import math
@@ -12,169 +12,405 @@ from PIL import Image
 
 import eval as evaluation
 from conftest import ROOT
-from datasets import DATA, IGNORE, open_split
-from eval import GREY, WHITE, color_mask, confusion_matrix, draw_grid, scores, slide
-from reclip import segment, strong_classes
+from datasets import DATA, IGNORE, Evaluation, open_split
+from eval import (
+    GREY,
+    WHITE,
+    Protocol,
+    color_mask,
+    confusion_matrix,
+    draw_examples,
+    draw_grid,
+    draw_overlay,
+    open_model,
+    parse_arguments,
+    predict_mask,
+    scores,
+    slide,
+    window_starts,
+)
+from reclip import ReCLIP, segment, strong_classes
 
+
+# --- mIoU -----------------------------------------------------------------------------------------
 
 def test_confusion_matrix_by_hand():
-    label = torch.tensor([[0, 0, 1], [2, IGNORE, 1]])
+    truth = torch.tensor([[0, 0, 1], [2, IGNORE, 1]])
     prediction = torch.tensor([[0, 1, 1], [0, 0, 1]])
-    assert confusion_matrix(prediction, label, 3).tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
+    expected = [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
+    assert confusion_matrix(prediction, truth, 3).tolist() == expected
+
+
+def test_what_is_predicted_on_ignored_pixels_does_not_count():
+    truth = torch.tensor([[0, 1], [IGNORE, IGNORE]], dtype=torch.uint8)
+    expected = confusion_matrix(torch.tensor([[0, 1], [0, 0]]), truth, 2)
+    for value in (1, IGNORE):
+        prediction = torch.tensor([[0, 1], [value, value]])
+        assert torch.equal(confusion_matrix(prediction, truth, 2), expected)
 
 
 def test_scores_by_sets():
-    """IoU from sets of pixels; class 3 is absent from the truth, class 4 from truth and prediction."""
+    """IoU from sets of pixels. Class 3 is absent from the truth, class 4 from both."""
     generator = torch.Generator().manual_seed(0)
-    label = torch.randint(0, 3, (40, 30), generator=generator)
+    truth = torch.randint(0, 3, (40, 30), generator=generator)
     prediction = torch.randint(0, 4, (40, 30), generator=generator)
-    label[:5] = IGNORE
-    result = scores(confusion_matrix(prediction, label, 5))
-    pixels = [(y, x) for y in range(40) for x in range(30) if label[y, x] != IGNORE]
+    truth[:5] = IGNORE
+    result = scores(confusion_matrix(prediction, truth, 5))
+
+    pixels = [(y, x) for y in range(40) for x in range(30) if truth[y, x] != IGNORE]
     ious = []
     for c in range(3):
-        truth, guess = ({p for p in pixels if mask[p] == c} for mask in (label, prediction))
-        ious.append(len(truth & guess) / len(truth | guess))
-    assert result["iou"][:3] == pytest.approx(ious, abs=1e-12) and all(map(math.isnan, result["iou"][3:]))
-    assert result["miou"] == pytest.approx(sum(ious) / 3, abs=1e-12) and result["present"] == 3
-    right = sum(int(label[p] == prediction[p]) for p in pixels)
-    assert result["pixel_accuracy"] == pytest.approx(right / len(pixels), abs=1e-12)
+        is_class = {p for p in pixels if truth[p] == c}
+        called_class = {p for p in pixels if prediction[p] == c}
+        ious.append(len(is_class & called_class) / len(is_class | called_class))
+    right = [p for p in pixels if truth[p] == prediction[p]]
 
+    assert result["iou"][:3] == pytest.approx(ious, abs=1e-12)
+    assert math.isnan(result["iou"][3]) and math.isnan(result["iou"][4])
+    assert result["miou"] == pytest.approx(sum(ious) / 3, abs=1e-12)
+    assert result["present"] == 3
+    assert result["pixel_accuracy"] == pytest.approx(len(right) / len(pixels), abs=1e-12)
+
+
+@pytest.mark.parametrize("data, folder", [
+    ("voc", "VOCdevkit/VOC2012/SegmentationClass"),
+    ("context", "VOCdevkit/VOC2010/SegmentationClassContext"),
+    ("ade20k", "ADEChallengeData2016/annotations/validation"),
+])
+def test_miou_on_real_truth_equals_a_count_on_the_raw_files(shared, data, folder):
+    """The prediction is the truth, moved by ten pixels and wrapped around. It is scored by the
+    project, and counted again from the values of the PNGs, with numpy alone."""
+    raw = shared(folder)
+    root = raw.parents[folder.count("/")]
+    split = open_split(data, root, "val")
+    C = len(DATA[data].classes)
+
+    confusion = torch.zeros(C, C, dtype=torch.int64)
+    hit = np.zeros(C + 1)     # by the values of the files, 1..C
+    either = np.zeros(C + 1)
+    present = set()
+    for i, name in enumerate(split.names):
+        truth = split.truth(i)
+        prediction = torch.where(truth == IGNORE, 0, truth).roll(10, 1)
+        confusion += confusion_matrix(prediction, truth, C)
+
+        values = np.array(Image.open(raw / f"{name}.png")).astype(int)
+        evaluated = (values != 0) & (values != 255)
+        guess = np.roll(np.where(evaluated, values, 1), 10, 1)
+        present |= set(np.unique(values[evaluated]).tolist())
+        for c in range(1, C + 1):
+            hit[c] += (evaluated & (values == c) & (guess == c)).sum()
+            either[c] += (evaluated & ((values == c) | (guess == c))).sum()
+
+    expected = sum(hit[c] / either[c] for c in present) / len(present)
+    result = scores(confusion)
+    assert 0.2 < expected < 1
+    assert abs(result["miou"] - expected) < 1e-12
+    assert result["present"] == len(present)
+
+
+# --- From logits to a mask ------------------------------------------------------------------------
 
 def test_denoise_drops_weak_classes_only():
     logits = torch.tensor([0.30, 0.28, 0.10]).view(1, 3, 1, 1).repeat(1, 1, 2, 3)
     logits[0, :, 0, 0] = torch.tensor([0.20, 0.28, 0.10])
     best = (100 * logits).softmax(1).amax((2, 3))[0]
     assert best[0] > 0.5 and best[1] > 0.9 and best[2] < 0.5
+
     assert strong_classes(logits, 0.5).tolist() == [True, True, False]
+    assert strong_classes(logits, 0.0).all()  # switched off
     flat = torch.zeros(1, 3, 2, 2)
     assert strong_classes(flat, 0.5).all()  # none passes: none is dropped
-    assert strong_classes(logits, 0.0).all()  # switched off
 
 
 def test_segment_stays_in_place():
-    """A 20 x 30 picture in 8-pixel cells: a 3 x 4 grid over 24 x 32; the mask's edge must stand where the
-    grid's edge stands, not be stretched with the padding."""
+    """A 20 x 30 image in 8-pixel cells: a 3 x 4 grid over 24 x 32. The mask's edge must stand where
+    the grid's edge stands, and not be stretched with the padding."""
     grid = torch.zeros(1, 2, 3, 4)
     grid[:, 0] = 0.5
-    grid[:, 1, :, 2:] = 1.0  # right half of the padded picture: from x = 16
+    grid[:, 1, :, 2:] = 1.0  # right half of the padded image: from x = 16
     mask = segment(grid, 8, (20, 30), (20, 30))
     assert (mask[:, :16] == 0).all() and (mask[:, 16:] == 1).all()
-    double = segment(grid, 8, (20, 30), (40, 60))
-    assert (double[:, :31] == 0).all() and (double[:, 33:] == 1).all()
+
+    doubled = segment(grid, 8, (20, 30), (40, 60))
+    assert (doubled[:, :31] == 0).all() and (doubled[:, 33:] == 1).all()
 
 
 def test_segment_is_bilinear_and_strips_leave_no_seam(monkeypatch):
     """Against torch's own enlarging of the padded grid; then in strips of one row each."""
     grid = torch.randn(1, 5, 4, 6)
-    expected = F.interpolate(grid, scale_factor=16, mode="bilinear")[0, :, :60, :90].argmax(0)
+    enlarged = F.interpolate(grid, scale_factor=16, mode="bilinear")[0, :, :60, :90]
+    expected = enlarged.argmax(0)
     assert torch.equal(segment(grid, 16, (60, 90), (60, 90)).long(), expected)
+
     split = torch.Tensor.split
     monkeypatch.setattr(torch.Tensor, "split", lambda self, size, *more: split(self, 1, *more))
     assert torch.equal(segment(grid, 16, (60, 90), (60, 90)).long(), expected)
 
 
 def test_segment_with_dropped_class_and_background():
-    """Class 0 is dropped by denoising, so its index must not shift the others; weak pixels become background."""
+    """Class 0 is dropped by denoising, so its index must not shift the others; weak pixels become
+    background."""
     logits = torch.zeros(1, 3, 2, 2)
     logits[0, 2] = 0.5
     logits[0, 1, 0, 0] = 1.0
-    assert segment(logits, 1, (2, 2), (2, 2), denoise=0.5).tolist() == [[1, 2], [2, 2]]
+
+    def mask(**options):
+        return segment(logits, 1, (2, 2), (2, 2), **options).tolist()
+    assert mask(denoise=0.5) == [[1, 2], [2, 2]]
+
     logits[0, :, 1, 1] = torch.tensor([0.0, 0.0, 0.001])  # softmax(100 * that): 0.36 at best
-    assert segment(logits, 1, (2, 2), (2, 2), background=0.4).tolist() == [[1, 2], [2, IGNORE]]
-    assert segment(logits, 1, (2, 2), (2, 2), background=0.3).tolist() == [[1, 2], [2, 2]]
-    # a class that denoising dropped still takes its share of the probability
+    assert mask(background=0.4) == [[1, 2], [2, IGNORE]]
+    assert mask(background=0.3) == [[1, 2], [2, 2]]
+
+    # A class that denoising dropped still takes its share of the probability.
     logits[0, :, 1, 1] = torch.tensor([0.004, 0.0, 0.004])
-    assert segment(logits, 1, (2, 2), (2, 2), denoise=0.5, background=0.45).tolist() == [[1, 2], [2, IGNORE]]
-    assert segment(logits, 1, (2, 2), (2, 2), denoise=0.5, background=0.35).tolist() == [[1, 2], [2, 2]]
+    assert mask(denoise=0.5, background=0.45) == [[1, 2], [2, IGNORE]]
+    assert mask(denoise=0.5, background=0.35) == [[1, 2], [2, 2]]
 
 
-class WindowMean:
+# --- Sliding windows ------------------------------------------------------------------------------
+
+class SeesAll:
     """A model of output stride 4 whose logits depend on the whole of what it is shown."""
     output_stride = 4
 
+    def __init__(self):
+        self.seen = []  # sizes of what it was shown
+
     def __call__(self, image):
-        h, w = (-(-side // 4) for side in image.shape[2:])
+        self.seen.append(tuple(image.shape[2:]))
+        h = math.ceil(image.shape[2] / 4)
+        w = math.ceil(image.shape[3] / 4)
         mean = image.mean((2, 3))[:, :2, None, None].expand(1, 2, h, w)
-        logits = mean + torch.arange(h * w).view(1, 1, h, w)
-        return SimpleNamespace(rectified=logits)
+        return SimpleNamespace(
+            query=-mean, rectified=mean + torch.arange(h * w).view(1, 1, h, w)
+        )
 
 
-def window_mean(image):
-    return WindowMean()(image).rectified
+@pytest.mark.parametrize("cells, window, stride, starts", [
+    (11, 6, 2, [0, 2, 4, 5]),  # the example of the docstring: the last one is moved back
+    (10, 4, 2, [0, 2, 4, 6]),
+    (6, 4, 2, [0, 2]),
+    (7, 3, 3, [0, 3, 4]),
+    (5, 6, 2, [0]),            # a window larger than the row
+    (6, 6, 6, [0]),
+])
+def test_window_starts_by_hand(cells, window, stride, starts):
+    assert window_starts(cells, window, stride) == starts
 
 
 def test_sliding_windows_by_hand():
-    """A 22 x 38 picture, cells of 4 (6 x 10 of them), windows of 16 every 8: each cell against the mean over the windows
-    that cover it, listed by hand."""
-    picture = torch.rand(1, 3, 22, 38)
-    result = slide(WindowMean(), "rectified", picture, 16, 8)
-    expected = [[[] for _ in range(10)] for _ in range(6)]
-    for top in (0, 2):                # the last one is moved back: 6 cells hold no window at 4
+    """A 22 x 38 image, cells of 4 (6 x 10 of them), windows of 16 every 8: each cell against the
+    mean over the windows that cover it, listed by hand."""
+    image = torch.rand(1, 3, 22, 38)
+    result = slide(SeesAll(), "rectified", image, 16, 8)
+
+    said = {}  # (row, column) of a cell: what each window says of it
+    for top in (0, 2):  # cells; the second is moved back: 6 cells hold no window of 4 at 4
         for left in (0, 2, 4, 6):
-            part = window_mean(picture[..., 4 * top:4 * top + 16, 4 * left:4 * left + 16])[0]
-            for i in range(part.shape[1]):
-                for j in range(part.shape[2]):
-                    expected[top + i][left + j].append(part[:, i, j])
-    expected = torch.stack([torch.stack([torch.stack(cell).mean(0) for cell in row], 1) for row in expected], 1)
-    assert result.shape == (1, 2, 6, 10) and torch.allclose(result[0], expected, atol=1e-6)
-    whole = slide(WindowMean(), "rectified", picture, 64, 64)
-    assert torch.equal(whole, window_mean(picture))  # a window larger than the picture is the picture
+            window = image[..., 4 * top:4 * top + 16, 4 * left:4 * left + 16]
+            logits = SeesAll()(window).rectified[0]
+            for i in range(logits.shape[1]):
+                for j in range(logits.shape[2]):
+                    said.setdefault((top + i, left + j), []).append(logits[:, i, j])
+
+    assert result.shape == (1, 2, 6, 10) and len(said) == 60
+    for (i, j), values in said.items():
+        assert torch.allclose(result[0, :, i, j], torch.stack(values).mean(0), atol=1e-6)
+
+
+def test_a_window_larger_than_the_image_is_the_image():
+    image = torch.rand(1, 3, 22, 38)
+    for part in ("rectified", "query"):
+        whole = slide(SeesAll(), part, image, 64, 64)
+        assert torch.equal(whole, getattr(SeesAll()(image), part))
+
+
+def test_windows_see_no_more_than_their_own_pixels():
+    """Four times the pixels: more windows, none of them larger; logits are kept per cell."""
+    shown = {}
+    for side in (64, 128):
+        model = SeesAll()
+        logits = slide(model, "rectified", torch.rand(1, 3, side, side), 32, 16)
+        assert logits.shape == (1, 2, side // 4, side // 4)
+        assert set(model.seen) == {(32, 32)}
+        shown[side] = len(model.seen)
+    assert shown == {64: 9, 128: 49}
+
+
+def test_a_window_must_start_at_a_cell():
+    image = torch.rand(1, 3, 32, 32)
+    for window, stride in ((18, 8), (16, 6)):
+        with pytest.raises(ValueError, match=f"window {window} and stride {stride} .* of 4"):
+            slide(SeesAll(), "rectified", image, window, stride)
+
+
+# --- The protocol ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options, words", [
+    ({"short_side": -1}, "short_side is -1"),
+    ({"window": -8}, "window is -8"),
+    ({"window": 64, "stride": 0}, "stride is 0"),
+    ({"window": 64, "stride": 72}, "stride is 72; it must lie in 1..64"),
+    ({"denoise": 1.5}, "denoise is 1.5"),
+    ({"background_threshold": -0.5}, "background_threshold is -0.5"),
+])
+def test_a_protocol_that_makes_no_sense_is_refused(options, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        Protocol(**{"short_side": 64} | options)
+    assert "--" not in str(caught.value)  # a library speaks of arguments
+
+
+def test_a_protocol_in_words():
+    assert Protocol(336).describe() == "short side 336, whole images, denoise off"
+    described = Protocol(0, window=224, stride=112, denoise=0.5).describe()
+    assert described == "short side 0, windows of 224, stride 112, denoise 0.5"
+
+
+# --- Masks as images ------------------------------------------------------------------------------
+
+RED, GREEN, BLUE, YELLOW, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 0, 0)
+
+
+def colors_of(image):
+    """uint8 (3, H, W) -> rows of (r, g, b)"""
+    return [[tuple(pixel) for pixel in row] for row in image.permute(1, 2, 0).tolist()]
 
 
 def test_masks_are_grey_where_nothing_is_evaluated():
-    """In the truth and in a model's mask alike: what a model says there is neither right nor wrong."""
-    palette = [(255, 0, 0), (0, 255, 0)]
-    truth, mask = torch.tensor([[0, 1], [IGNORE, 1]]), torch.tensor([[1, 1], [0, 0]])
-    colors = color_mask(truth, palette)
-    assert colors.dtype == torch.uint8 and colors.shape == (3, 2, 2)
-    assert [tuple(colors[:, y, x].tolist()) for y, x in ((0, 0), (0, 1), (1, 0))] == [*palette, GREY]
-    colors = color_mask(mask, palette, truth)
-    assert [tuple(colors[:, y, x].tolist()) for y, x in ((0, 0), (1, 0), (1, 1))] == [
-        (0, 255, 0), GREY, (255, 0, 0)]
+    """In the truth and in a model's mask alike: what it says there is neither right nor wrong."""
+    truth = torch.tensor([[0, 1], [IGNORE, 1]], dtype=torch.uint8)
+    mask = torch.tensor([[1, 1], [0, 0]], dtype=torch.uint8)
+    colors = color_mask(truth, [RED, GREEN])
+    assert colors.dtype == torch.uint8
+    assert colors_of(colors) == [[RED, GREEN], [GREY, GREEN]]
+    assert colors_of(color_mask(mask, [RED, GREEN], truth)) == [[GREEN, GREEN], [GREY, RED]]
+    assert colors_of(color_mask(mask, [RED, GREEN])) == [[GREEN, GREEN], [RED, RED]]
+    assert mask.tolist() == [[1, 1], [0, 0]]  # what was given is left alone
 
 
-def test_the_picture_of_an_evaluation_has_grey_ground(tmp_path):
-    """Each column of masks has exactly the truth's grey pixels."""
-    dataset = evaluation.Evaluation(open_split("shapes", None, "val"), 64)
+def test_examples_have_the_grey_pixels_of_the_truth_in_every_column_of_masks():
     facts = DATA["shapes"]
-    model = evaluation.open_model("clip", None, facts)
-    protocol = evaluation.Protocol(64)
-    sheet = evaluation.draw_examples([(model, "clip")], dataset, facts, protocol, count=2)
-    grey = (np.array(sheet.convert("RGB")) == GREY).all(-1)
-    truth, clip = grey[20:300, 152:288], grey[20:300, 296:432]
-    assert np.array_equal(truth, clip) and 0.1 < truth.mean() < 0.9
+    dataset = Evaluation(open_split("shapes", None, "val"), 64)
+    model = open_model("clip", None, facts)
+    columns = [(model, "clip"), (model, "rectify")]
+    sheet = draw_examples(columns, dataset, facts, Protocol(64), count=2)
+
+    grey = (np.array(sheet) == GREY).all(-1)
+    for top in (28, 172):  # two rows of tiles of 136, every 144
+        of_truth = grey[top:top + 136, 152:288]
+        assert 0.1 < of_truth.mean() < 0.9
+        for left in (296, 440):
+            assert np.array_equal(grey[top:top + 136, left:left + 136], of_truth)
+    # What is not grey is the mask of the model: the first image, in the middle of each pixel.
+    image, truth, _ = dataset[0]
+    colors = color_mask(predict_mask(model, "clip", image, (64, 64), Protocol(64)), facts.palette)
+    for y, x in (truth != IGNORE).nonzero()[::50].tolist():
+        place = (296 + int((x + 0.5) * 136 / 64), 28 + int((y + 0.5) * 136 / 64))
+        assert sheet.getpixel(place) == tuple(colors[:, y, x].tolist())
 
 
-def test_drawing():
-    """A title of 20 pixels, then tiles of 40 with gaps of 10: they begin at 10 and 60, from 30 on."""
-    palette = [(255, 0, 0), (0, 255, 0)]
-    image = color_mask(torch.tensor([[0, 1], [IGNORE, 1]]), palette)
-    entries = [((0, 0, 255), "a | b"), ((255, 255, 0), "c")]
+def test_grid_of_images():
+    """A title of 20 pixels, then tiles of 40 with gaps of 10: at 10 and 60, from 30 on."""
+    mask = color_mask(torch.tensor([[0, 1], [IGNORE, 1]]), [RED, GREEN])
     wide = torch.zeros(3, 50, 200, dtype=torch.uint8)
-    sheet = draw_grid([[image, wide]] * 2, ["image", ""], entries, tile=40, gap=10)
-    for top in (30, 80):
-        places = ((10, 0), (30, 0), (11, 39), (49, 39))
-        assert [sheet.getpixel((x, top + y)) for x, y in places] == [
-            (255, 0, 0), (0, 255, 0), GREY, (0, 255, 0)]
-        assert sheet.getpixel((60, top + 16)) == (0, 0, 0)  # 200 x 50 fills 40 x 10, in the middle
-        assert sheet.getpixel((60, top + 14)) == sheet.getpixel((60, top + 25)) == WHITE
-    assert {(0, 0, 255), (255, 255, 0)} <= {color for _, color in sheet.getcolors(10 ** 6)}
+    entries = [(BLUE, "a | b"), (YELLOW, "c")]
+    sheet = draw_grid([[mask, wide], [mask, wide]], ["image", ""], entries, tile=40, gap=10)
 
+    for top in (30, 80):
+        corners = {(10, 0): RED, (30, 0): GREEN, (11, 39): GREY, (49, 39): GREEN}
+        for (x, y), color in corners.items():
+            assert sheet.getpixel((x, top + y)) == color
+        # 200 x 50 pixels fill 40 x 10, in the middle of the tile
+        for y, color in {14: WHITE, 15: BLACK, 24: BLACK, 25: WHITE}.items():
+            assert sheet.getpixel((60, top + y)) == color
+    shown = {color for _, color in sheet.getcolors(10 ** 6)}
+    assert {BLUE, YELLOW} <= shown  # the legend
+
+
+def test_photographs_made_smaller_are_averaged():
+    """Columns of black and white: picked out, single pixels would be one or the other."""
+    stripes = torch.zeros(3, 80, 80, dtype=torch.uint8)
+    stripes[:, :, ::2] = 255
+    sheet = draw_grid([[stripes, stripes]], ["", ""], tile=20, gap=10)
+    assert all(abs(value - 128) < 10 for value in sheet.getpixel((20, 40)))
+
+
+def test_overlay():
+    """Half the image, half the color of its class; the background stays as it is."""
+    image = torch.full((3, 400, 600), 100, dtype=torch.uint8)
+    mask = torch.full((400, 600), IGNORE, dtype=torch.uint8)
+    mask[:, :200] = 1
+    drawn = draw_overlay(image, mask, [RED, GREEN], [(GREEN, "b 33.3 %")])
+    assert drawn.width == 600 and drawn.height > 400
+    assert drawn.getpixel((199, 200)) == (50, 177, 50)
+    assert drawn.getpixel((200, 200)) == (100, 100, 100)
+
+    nothing = draw_overlay(image, torch.full_like(mask, IGNORE), [RED, GREEN], [])
+    assert nothing.getpixel((0, 0)) == (100, 100, 100)
+    large = draw_overlay(image, mask, [RED, GREEN], [], longest=60)
+    assert large.width == 60
+
+
+# --- The command line -----------------------------------------------------------------------------
 
 def test_command_line_writes_what_it_promises(make_voc, tiny_clip_file, tmp_path, capsys):
-    """mIoU of the file against a recount from the masks of the model itself."""
+    """The numbers of the file against a recount from the model's own masks."""
     root = make_voc({"train": 2, "val": 3})
-    evaluation.main(["--stage", "clip", "--data", "voc", "--root", str(root), "--clip", str(tiny_clip_file), "--out",
-                     str(tmp_path / "out"), "--device", "cpu"])
-    report = json.loads((tmp_path / "out" / "eval_clip.json").read_text())
-    assert set(report) == {"miou", "iou", "pixel_accuracy", "confusion", "protocol"}
-    assert {"short_side", "denoise", "background", "class_names", "pictures", "checkpoint_sha256"} <= set(report["protocol"])
-    assert report["protocol"]["pictures"] == 3 and report["protocol"]["denoise"] == 0.5
-    confusion = torch.tensor(report["confusion"])
-    assert scores(confusion)["miou"] == report["miou"] and confusion.sum() > 0
-    assert "mIoU" in capsys.readouterr().out
-    assert Image.open(tmp_path / "out" / "eval_clip.png").width > 300
+    out = tmp_path / "out"
+    evaluation.main([
+        "--stage", "clip", "--data", "voc", "--root", str(root), "--clip", str(tiny_clip_file),
+        "--out", str(out), "--device", "cpu",
+    ])
+    report = json.loads((out / "eval_clip.json").read_text())
+    assert list(report) == ["miou", "pixel_accuracy", "confusion", "iou", "protocol"]
+    assert list(report["protocol"]) == [
+        "data", "stage", "short_side", "window", "stride", "denoise", "background", "class_names",
+        "attention", "clip_sha256", "split", "pictures", "classes_present", "checkpoint_sha256",
+    ]
+    assert report["protocol"]["pictures"] == 3
+    assert report["protocol"]["denoise"] == 0.5
+    assert report["protocol"]["stride"] == 0  # no windows
+    assert report["protocol"]["checkpoint_sha256"] is None
+
+    facts = DATA["voc"]
+    model = open_model("clip", None, facts, tiny_clip_file)
+    dataset = Evaluation(open_split("voc", root, "val"), facts.short_side)
+    confusion = torch.zeros(20, 20, dtype=torch.int64)
+    for i in range(3):
+        image, truth, _ = dataset[i]
+        with torch.no_grad():
+            logits = model(image[None]).query
+        size = image.shape[1:]
+        mask = segment(logits, model.output_stride, size, truth.shape, denoise=0.5)
+        for t, p in zip(truth.flatten().tolist(), mask.flatten().tolist()):
+            if t != IGNORE:
+                confusion[t, p] += 1
+    assert report["confusion"] == confusion.tolist()
+    assert report["miou"] == scores(confusion)["miou"]
+
+    assert f"mIoU {100 * report['miou']:.1f} over the 20 of 20" in capsys.readouterr().out
+    assert Image.open(out / "eval_clip.png").width > 300
+
+
+def test_a_checkpoint_is_known_by_what_was_learnt(tmp_path):
+    """Its fingerprint; and a class that never occurs has null, for JSON has no nan."""
+    facts = DATA["shapes"]
+    model = open_model("clip", None, facts)
+    changed = ReCLIP(model.clip, facts.classes, prompts=facts.prompts, prompt_length=2)
+    changed.save(tmp_path / "rectify.pt")
+
+    dataset = Evaluation(open_split("shapes", None, "val"), 64)
+    few = torch.utils.data.Subset(dataset, [0])
+    evaluation.evaluate_stage(
+        changed.eval(), "rectify", facts, "val", few, Protocol(64), tmp_path, [(changed, "clip")]
+    )
+    text = (tmp_path / "eval_rectify.json").read_text()
+    report = json.loads(text)
+    loaded = ReCLIP.load(tmp_path / "rectify.pt")
+    assert report["protocol"]["checkpoint_sha256"] == loaded.fingerprint()
+    assert "NaN" not in text and None in report["iou"].values()
 
 
 def test_errors_are_sentences(tmp_path):
@@ -186,12 +422,90 @@ def test_errors_are_sentences(tmp_path):
         evaluation.main(["--no-such-flag"])
 
 
+@pytest.mark.parametrize("options, words", [
+    (["--stage", "clip", "--images", "."], "--images needs --classes"),
+    (["--data", "nowhere"], "--data nowhere is neither a folder"),
+    (["--data", "."], "has no truth to evaluate on; --images . draws"),
+    (["--data", "voc", "--classes", "a, b"], "--classes goes with your own images"),
+    (["--stage", "clip", "--window", "60", "--stride", "24"], "multiples of 8"),
+    (["--window", "64", "--stride", "0"], "stride is 0"),
+    (["--window", "64", "--stride", "72"], "stride is 72"),
+    (["--window", "-8"], "window is -8"),
+    (["--short-side", "-1"], "short_side is -1"),
+    (["--denoise", "1.5"], "denoise is 1.5"),
+    (["--background-threshold", "0.5"], "--background-threshold goes with --images"),
+    (["--background-threshold", "2"], "must lie in 0..1"),
+    (["--attention", "sclip"], "--attention goes with --stage clip"),
+    (["--stage", "clip", "--images", "nothing.jpg", "--classes", "coin, ring"], "nothing.jpg"),
+    (["--stage", "paper"], "python tests/paper.py"),
+])
+def test_options_that_do_not_fit_end_in_one_sentence(options, words, tmp_path):
+    clip_file = ROOT / "shapes_clip.pt"
+    command = [*options, "--clip", str(clip_file), "--out", str(tmp_path), "--device", "cpu"]
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        evaluation.main(command)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_need_to_know_by_which_model():
+    images = ["--stage", "distill", "--images", "."]
+    with pytest.raises(ValueError, match="--images needs .* --checkpoint runs/NAME/STAGE.pt"):
+        parse_arguments(images)
+    args, _, _ = parse_arguments([*images, "--checkpoint", "a/b.pt"])
+    assert args.out.name == "a"
+
+
+def test_windows_are_224_apart_or_less():
+    for window, stride in (("64", 64), ("336", 224)):
+        _, _, protocol = parse_arguments(["--window", window])
+        assert protocol.stride == stride
+
+
+@pytest.mark.parametrize("separator", ["-", "_"])
+def test_hyphens_and_underscores_are_the_same(separator):
+    options = {"short-side": "32", "background-threshold": "0.25"}
+    command = ["--images", ".", "--checkpoint", "a/b.pt"]
+    for name, value in options.items():
+        command += ["--" + name.replace("-", separator), value]
+    _, _, protocol = parse_arguments(command)
+    assert protocol.short_side == 32
+    assert protocol.background_threshold == 0.25
+
+
+def test_windows_and_attention_reach_the_evaluation(tmp_path):
+    """The protocol says what was done, and each attention variant and window gives other masks."""
+    runs = [
+        ([], "maskclip", 0),
+        (["--attention", "sclip"], "sclip", 0),
+        (["--attention", "naclip"], "naclip", 0),
+        (["--window", "48", "--stride", "16"], "maskclip", 48),
+    ]
+    mious = set()
+    for options, attention, window in runs:
+        command = ["--stage", "clip", "--out", str(tmp_path), "--device", "cpu", *options]
+        evaluation.main(command)
+        report = json.loads((tmp_path / "eval_clip.json").read_text())
+        assert report["protocol"]["attention"] == attention
+        assert report["protocol"]["window"] == window
+        mious.add(report["miou"])
+    assert len(mious) == 4
+
+
+# --- Masks of any images --------------------------------------------------------------------------
+
+BROKEN = ("zero.jpg", "text.jpg", "cut.jpg", "cut.png", "page.webp")
+
+
 @pytest.fixture
-def odd_pictures(tmp_path):
-    """Thirty files such as people keep: every format and mode, 1 x 1 to 6000 x 4000, five of them broken."""
-    folder, rng = tmp_path / "photos", np.random.default_rng(0)
+def odd_images(tmp_path):
+    """Thirty files such as people keep: all formats and modes, 1 x 1 to 6000 x 4000, 5 broken."""
+    folder = tmp_path / "photos"
     (folder / "more" / "deep").mkdir(parents=True)
-    noise = lambda H, W, *c: Image.fromarray(rng.integers(0, 256, (H, W, *c), dtype=np.uint8))
+    rng = np.random.default_rng(0)
+
+    def noise(H, W, *channels):
+        return Image.fromarray(rng.integers(0, 256, (H, W, *channels), dtype=np.uint8))
+
     noise(40, 60, 3).resize((6000, 4000)).save(folder / "large.jpg")
     noise(1, 1, 3).save(folder / "one.png")
     noise(3, 900, 3).save(folder / "ribbon.png")
@@ -202,111 +516,74 @@ def odd_pictures(tmp_path):
     noise(50, 40, 3).convert("CMYK").save(folder / "cmyk.jpeg")
     noise(50, 40, 3).save(folder / "web.webp")
     noise(50, 40).convert("1").save(folder / "bits.png")
-    Image.fromarray(rng.integers(0, 65536, (30, 44)).astype(np.uint16)).save(folder / "sixteen.png")
+    sixteen_bits = rng.integers(0, 65536, (30, 44)).astype(np.uint16)
+    Image.fromarray(sixteen_bits).save(folder / "sixteen.png")
     turned = Image.Exif()
-    turned[0x0112] = 6
+    turned[0x0112] = 6  # lies on its side
     noise(30, 44, 3).save(folder / "turned.jpg", exif=turned)
     for i in range(13):
-        noise(30 + i, 70 - 3 * i, 3).save(folder / "more" / ("deep" if i % 2 else "") / f"same {i // 2}.jpg")
-    whole = (folder / "turned.jpg").read_bytes()
-    for name, content in {"zero.jpg": b"", "text.jpg": b"not a picture", "cut.jpg": whole[:len(whole) // 2],
-                          "cut.png": (folder / "grey.png").read_bytes()[:90], "page.webp": b"<html>"}.items():
+        below = folder / "more"
+        if i % 2:
+            below = below / "deep"
+        noise(30 + i, 70 - 3 * i, 3).save(below / f"same {i // 2}.jpg")
+
+    jpeg = (folder / "turned.jpg").read_bytes()
+    png = (folder / "grey.png").read_bytes()
+    contents = (b"", b"not an image", jpeg[:len(jpeg) // 2], png[:90], b"<html>")
+    for name, content in zip(BROKEN, contents, strict=True):
         (folder / name).write_bytes(content)
     assert sum(path.is_file() for path in folder.rglob("*")) == 30
     return folder
 
 
-def test_thirty_odd_pictures_are_trained_on_and_segmented(odd_pictures, tiny_clip_file, tmp_path, capsys):
-    """25 of 30 are readable. Masks have the pictures' own sizes, areas are those of the index PNG."""
+def test_thirty_odd_images_are_trained_on_and_segmented(
+    odd_images, tiny_clip_file, tmp_path, capsys
+):
+    """25 of 30 are readable. Masks have the images' own sizes, areas are those of the index PNG."""
     import train
-    train.main(["--stage", "rectify", "--data", str(odd_pictures), "--classes", "cat | grass, dog, tree", "--clip",
-                str(tiny_clip_file), "--crop", "32", "--epochs", "1", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    out = tmp_path / "out"
+    train.main([
+        "--stage", "rectify", "--data", str(odd_images), "--classes", "cat | grass, dog, tree",
+        "--clip", str(tiny_clip_file), "--crop", "32", "--epochs", "1", "--out", str(out),
+        "--device", "cpu",
+    ])
     printed = capsys.readouterr()
-    assert "images that each class was found in, of 25" in printed.out and "cat | grass" in printed.out
-    for name in ("zero.jpg", "text.jpg", "cut.jpg", "cut.png", "page.webp"):
+    assert "images that each class was found in, of 25" in printed.out
+    assert "cat | grass" in printed.out
+    for name in BROKEN:
         assert f"skipped {name}" in printed.err
-    evaluation.main(["--stage", "rectify", "--images", str(odd_pictures), "--checkpoint",
-                     str(tmp_path / "out" / "rectify.pt"), "--device", "cpu", "--background-threshold", "0.5"])
-    masks, sizes = tmp_path / "out" / "masks", {"large.jpg": (6000, 4000), "one.png": (1, 1), "ribbon.png": (900, 3),
-                                                "turned.jpg": (30, 44), "more/deep/same 0.jpg": None}
+
+    evaluation.main([
+        "--stage", "rectify", "--images", str(odd_images), "--checkpoint", str(out / "rectify.pt"),
+        "--device", "cpu", "--background-threshold", "0.5",
+    ])
+    assert "25 images segmented, 5 unreadable" in capsys.readouterr().out
+    masks = out / "masks"
     assert len(list(masks.rglob("*.json"))) == 25
+
+    sizes = {
+        "large.jpg": (6000, 4000),
+        "one.png": (1, 1),
+        "ribbon.png": (900, 3),
+        "turned.jpg": (30, 44),
+        "more/deep/same 0.jpg": (67, 31),
+    }
     for name, size in sizes.items():
         index = Image.open(masks / f"{name}.index.png")
-        report = json.loads((masks / f"{name}.json").read_text())
-        assert index.mode == "P" and size in (None, index.size) and report["size"] == list(index.size)
+        assert index.mode == "P" and index.size == size
         values, counts = np.unique(np.array(index), return_counts=True)
-        assert set(values) <= {0, 1, 2, 3} and sum(report["areas"].values()) == pytest.approx(1)
+        assert set(values) <= {0, 1, 2, 3}
+
+        report = json.loads((masks / f"{name}.json").read_text())
+        assert list(report) == [
+            "picture", "size", "areas", "index", "background_threshold", "protocol"
+        ]
+        assert report["picture"] == name and report["size"] == list(size)
+        assert sum(report["areas"].values()) == pytest.approx(1)
+        assert len(report["areas"]) == len(report["index"]) == len(values)
         for value, count in zip(values, counts):
-            label = ("background", "cat", "dog", "tree")[value]
-            assert report["areas"][label] == pytest.approx(count / counts.sum()) and report["index"][label] == value
+            found = ("background", "cat", "dog", "tree")[value]
+            assert report["areas"][found] == pytest.approx(count / counts.sum())
+            assert report["index"][found] == value
+
         assert Image.open(masks / f"{name}.overlay.png").mode == "RGB"
-
-
-@pytest.mark.parametrize("options, words", [
-    (["--stage", "clip", "--images", "."], "--images needs --classes"),
-    (["--data", "nowhere"], "--data nowhere is neither a folder"),
-    (["--data", "."], "has no truth to evaluate on"),
-    (["--data", "voc", "--classes", "a, b"], "--classes goes with your own images"),
-    (["--stage", "clip", "--window", "60", "--stride", "24"], "multiples of 8"),
-    (["--window", "64", "--stride", "0"], "stride is 0"), (["--background-threshold", "0.5"], "goes with --images"),
-    (["--background-threshold", "2"], "must lie in 0..1"),
-    (["--attention", "sclip"], "--attention goes with --stage clip"),
-    (["--stage", "clip", "--images", "nothing.jpg", "--classes", "coin, ring"], "nothing.jpg")])
-def test_options_that_do_not_fit_end_in_one_sentence(options, words, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
-        evaluation.main([*options, "--clip", str(ROOT / "shapes_clip.pt"), "--out", str(tmp_path), "--device", "cpu"])
-    assert "\n" not in str(caught.value)
-
-
-def test_windows_and_attention_reach_the_evaluation(tmp_path):
-    """On shapes: the protocol says what was done, and each reading and window gives other masks."""
-    seen = set()
-    for options in ([], ["--attention", "sclip"], ["--attention", "naclip"], ["--window", "48", "--stride", "16"]):
-        evaluation.main(["--stage", "clip", "--out", str(tmp_path), "--device", "cpu", *options])
-        report = json.loads((tmp_path / "eval_clip.json").read_text())
-        assert report["protocol"]["attention"] == (options[1] if "--attention" in options else "maskclip")
-        assert report["protocol"]["window"] == (48 if "--window" in options else 0)
-        seen.add(report["miou"])
-    assert len(seen) == 4
-
-
-@pytest.mark.parametrize("data, raw", [
-    ("voc", "VOCdevkit/VOC2012/SegmentationClass"), ("context", "VOCdevkit/VOC2010/SegmentationClassContext"),
-    ("ade20k", "ADEChallengeData2016/annotations/validation")])
-def test_miou_on_real_labels_equals_a_count_on_the_raw_files(shared, data, raw):
-    """Made predictions (the truth moved by ten pixels, wrapped around) on the real label files; counted again from the
-    PNGs' own values, with numpy and without the project."""
-    folder = shared(raw)
-    split, facts = open_split(data, folder.parents[str(raw).count("/")], "val"), DATA[data]
-    C, confusion, hit, either = len(facts.classes), 0, {}, {}
-    for i in range(len(split)):
-        label = split.truth(i)
-        prediction = torch.where(label == IGNORE, 0, label).roll(10, 1)
-        confusion = confusion + confusion_matrix(prediction, label, C)
-        values = np.array(Image.open(folder / f"{split.names[i]}.png")).astype(int)
-        seen = (values != 0) & (values != 255)
-        guess = np.roll(np.where(seen, values, 1), 10, 1)
-        for c in range(1, C + 1):
-            hit[c] = hit.get(c, 0) + int((seen & (values == c) & (guess == c)).sum())
-            either[c] = either.get(c, 0) + int((seen & ((values == c) | (guess == c))).sum())
-    present = {int(v) for i in range(len(split)) for v in np.unique(Image.open(folder / f"{split.names[i]}.png"))} - {0, 255}
-    expected = sum(hit[c] / either[c] for c in present) / len(present)
-    result = scores(confusion)
-    assert 0.2 < expected < 1 and abs(result["miou"] - expected) < 1e-12 and result["present"] == len(present)
-
-
-def test_images_need_to_know_by_which_model():
-    with pytest.raises(ValueError, match="--images needs .* --checkpoint runs/NAME/STAGE.pt"):
-        evaluation.parse_arguments(["--stage", "distill", "--images", "."])
-    args, _, _ = evaluation.parse_arguments(
-        ["--stage", "distill", "--images", ".", "--checkpoint", "a/b.pt"])
-    assert args.out.name == "a"
-    for window, stride in (("64", 64), ("336", 224)):
-        _, _, protocol = evaluation.parse_arguments(["--window", window])
-        assert protocol.stride == stride
-
-
-@pytest.mark.parametrize("spelling", ["--short-side", "--short_side"])
-def test_hyphens_and_underscores_are_the_same(spelling):
-    _, _, protocol = evaluation.parse_arguments([spelling, "32"])
-    assert protocol.short_side == 32
