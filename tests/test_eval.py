@@ -268,6 +268,37 @@ def test_a_protocol_in_words():
     assert described == "short side 0, windows of 224, stride 112, denoise 0.5"
 
 
+def test_each_field_of_a_protocol_reaches_the_mask():
+    """A model of three classes that says 0 at the left, 2 at the right, 1 nowhere for sure."""
+    logits = torch.zeros(1, 3, 2, 4)
+    logits[:, 0, :, :2] = 1.0
+    logits[:, 2, :, 2:] = 0.004  # times 100, softmax: 0.43 at best
+    logits[:, 1, 1, 3] = 0.005   # a little more than class 2 has at that patch
+
+    class Says(SeesAll):
+        W_q = torch.zeros(3, 1)
+        scale = 100.0
+
+        def __call__(self, image):
+            self.seen.append(tuple(image.shape[2:]))
+            return SimpleNamespace(query=logits.flip(1), rectified=logits)
+
+    def mask(stage="rectify", **options):
+        return predict_mask(Says(), stage, torch.rand(3, 8, 16), (2, 4), Protocol(8, **options))
+
+    assert mask().dtype == torch.uint8
+    assert mask().tolist() == [[0, 0, 2, 2], [0, 0, 2, 1]]
+    assert mask("clip").tolist() == [[2, 2, 0, 0], [2, 2, 0, 1]]
+    assert mask(denoise=0.6).tolist() == [[0, 0, 0, 0], [0, 0, 0, 0]]
+    unsure = mask(background_threshold=0.6).tolist()
+    assert unsure == [[0, 0, IGNORE, IGNORE], [0, 0, IGNORE, IGNORE]]
+
+    model = SeesAll()
+    model.W_q, model.scale = torch.zeros(2, 1), 100.0
+    predict_mask(model, "rectify", torch.rand(3, 8, 16), (2, 4), Protocol(8, window=8, stride=4))
+    assert model.seen == [(8, 8)] * 3
+
+
 # --- Masks as images ------------------------------------------------------------------------------
 
 RED, GREEN, BLUE, YELLOW, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 0, 0)
@@ -411,6 +442,7 @@ def test_a_checkpoint_is_known_by_what_was_learnt(tmp_path):
     loaded = ReCLIP.load(tmp_path / "rectify.pt")
     assert report["protocol"]["checkpoint_sha256"] == loaded.fingerprint()
     assert "NaN" not in text and None in report["iou"].values()
+    assert report["protocol"]["stride"] == 0  # Protocol's own is 224, but there are no windows
 
 
 def test_errors_are_sentences(tmp_path):
@@ -579,7 +611,9 @@ def test_thirty_odd_images_are_trained_on_and_segmented(
             "picture", "size", "areas", "index", "background_threshold", "protocol"
         ]
         assert report["picture"] == name and report["size"] == list(size)
-        assert sum(report["areas"].values()) == pytest.approx(1)
+        areas = list(report["areas"].values())
+        assert sum(areas) == pytest.approx(1)
+        assert areas == sorted(areas, reverse=True)  # what covers most comes first
         assert len(report["areas"]) == len(report["index"]) == len(values)
         for value, count in zip(values, counts):
             found = ("background", "cat", "dog", "tree")[value]
