@@ -83,8 +83,8 @@ def confusion_matrix(prediction, truth, classes):
     -> (C, C) int64; entry [t, p]: pixels that are t and were called p.
 
     Pixels whose truth is IGNORE are left out, whatever was predicted there. None of the C names
-    applies to them (background, ground, "other"), or the annotators left them open (the void
-    borders of VOC): no answer with one of the C names could be right there.
+    applies to them (background, ground, "other"), or it is not known which does (the void borders
+    of VOC): an answer there can be called neither right nor wrong.
     """
     evaluated = truth != IGNORE                                         # (H0, W0) bool
 

@@ -8,7 +8,7 @@ The method in one drawing. Only what stands in [brackets] learns; CLIP is frozen
                                                                                    +-- M_b +       |
     CLIP's positional embedding p ---------------- [positional net] ------> M_p ---+               |
                                                                                                    |
-    loss <---- does the vector under <---- the mean of Z <---- one mask per <---- Gumbel-softmax --+
+    loss <---- does the vector under <---- Z, pooled     <---- one mask per <---- Gumbel-softmax --+
     Eq. (5)    mask c resemble text c?     under each mask     class              Eq. (4)
 
 What stands here, in the paper's order
@@ -32,10 +32,10 @@ Symbols
     M_q, M_r, M_p, M_b, M    logits        (B, C, h, w)
     (The paper writes n x C for one image. We keep the grid, h x w = n, and the batch.)
 
-Four numbers turn cosines into probabilities; they are never the same thing:
+Four numbers turn cosines into probabilities; each has its own task (values: VOC's):
     tau_1     0.001  Eq. (4)  small: a patch takes its best class, noise decides only near ties
     tau       0.01   Eq. (5)  CLIP's own temperature, 1 / logit scale
-    mask_tau  = tau  Eq. (6)  the same for the student's logits at each pixel
+    mask_tau  = tau  Eq. (6)  the same for the student's logits at each pixel (1: a learnt head)
     scale     100    evaluation only: softmax(100 M) where a threshold on a probability is asked for
 
 Copied elsewhere (with clip_model.py), it is used like this:
@@ -280,7 +280,7 @@ def image_level_labels(similarity, threshold, top_k):
 def masked_features(features, masks, pool="global"):
     """Z_g of Sec. 3.4 and its pooling: Z (B, D, h, w), masks (B, C, h, w) -> (B, C, D).
 
-    One vector per class: the mean of the patches that claim to be of that class.
+    One vector per class: the sum of the patches under its mask, divided by n or by their number.
 
     pool: "global" (the paper's "global average pooling", and released) divides by all n patches, so
         a small mask gives a short vector, and the loss rewards finding the whole object too. "mask"
@@ -829,7 +829,7 @@ def tour():
         tau=settings.tau,
     ).train()
 
-    # 64 x 48 pixels, so that no two numbers below are equal by chance: h = 8, w = 6, C = 8, D = 128
+    # 64 x 48 pixels: h = 8 and w = 6 differ, so that the axes can be told apart (h = C by chance).
     whole = split.image(0)[None].float() / 255
     image = whole[..., 8:56]
     in_truth = [facts.classes[c] for c in split.truth(0).unique() if c != IGNORE]

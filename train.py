@@ -109,7 +109,8 @@ def train_rectification(model, split, labels, settings, run):
     model.train()
     run.begin(modules, optimizer, steps, images_per_step, len(split))
     for step, images, names in run.batches(stream, settings.rectify_batch):
-        # Sec. 4.1: the learning rate falls to 0 over the horizon, and is changed once an epoch.
+        # Sec. 4.1: poly decay; once an epoch, as released. On VOC the horizon is 200 epochs and the
+        # training ends after 50 (released), so that the learning rate never comes near 0.
         epoch = step * images_per_step // len(split)
         lr = poly_learning_rate(
             settings.lr, epoch, settings.rectify_poly_epochs, settings.poly_power
@@ -438,7 +439,7 @@ class Run:
 
     identity: {name: value} of what must not differ between a run and its resumption.
     Everything random in a step follows from (seed, step, process). So no generator has a state that
-    would have to be kept, and a resumed run equals an uninterrupted one to the bit.
+    would have to be kept, and on a CPU a resumed run equals an uninterrupted one to the bit.
     """
 
     def __init__(self, stage, out, identity, seed=0, resume=False, device="cpu", workers=0):
