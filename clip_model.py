@@ -14,7 +14,8 @@ What stands here, from top to bottom
     VisionTransformer         image -> tokens; its positional embedding is p of Sec. 3.3
     CLIP                      the model; its parameter names are the keys of OpenAI's checkpoints
       .encode_image           (B, 3, H, W) -> (B, D)        one vector per image
-      .encode_image_dense     (B, 3, H, W) -> (B, D, h, w)  one vector per patch: Z of Sec. 3.1
+      .encode_image_dense     (B, 3, H, W) -> (B, D, h, w)  one vector per patch: Z of Sec. 3.1 (*)
+                              (*) before it is normalized; in the other files Z has length 1
       .encode_text            (N, 77) -> (N, D)             one vector per text
       .encode_prompted        [SOT] v_1 .. v_L [name] [EOT] -> (C, D): the texts of Eq. (1)
     load_clip                 OpenAI's files and plain state dicts, without running code from them
@@ -414,7 +415,8 @@ class ResidualAttentionBlock(nn.Module):
             x <- x + out_proj(value(ln_1(x)))        in place of   x + out_proj(sum_j a_ij value_j)
             x <- x + mlp(ln_2(x))
 
-        Why this gives local features that can be compared with texts: CLIP was trained on the class
+        Why this gives local features that can be compared with texts (an intuition, no proof: layer
+        norm and MLP are not linear, and the residual is not in it): CLIP was trained on the class
         token alone. In the last block the class token adds up all patches' values, weighted by the
         attention a, and that sum is what had to match the caption. So the value of a patch is a
         summand of a vector that lives where the texts live, and it tells what this patch holds.
@@ -451,8 +453,8 @@ class ResidualAttentionBlock(nn.Module):
         if attention == "maskclip":
             return self.value_path(x[:, 1:])
 
-        # The other three keep attention, but between vectors of one kind. A patch then resembles
-        # itself most, and next the patches that look like it: they average over their own object.
+        # The other three keep attention, but between vectors of one kind. A patch then usually
+        # resembles itself, and the patches that look like it: they average over their own object.
         # The class token is read like a patch, but it reads nothing: only patches are wanted.
         y = self.ln_1(x)
         v = self.attn.project(y, VALUE)                             # (B, heads, 1 + n, E / heads)
@@ -653,7 +655,7 @@ class CLIP(nn.Module):
         return self.visual.ln_post(x) @ self.visual.proj            # (B, D)
 
     def encode_image_dense(self, images, attention="maskclip"):
-        """One vector per patch, in the space of the texts: Z of Sec. 3.1.
+        """One vector per patch, in the space of the texts: Z of Sec. 3.1 before it is normalized.
 
         The class token is dropped, and the last block is read so that each patch keeps what it
         shows (ResidualAttentionBlock.value_path says why). What follows is the same as for whole

@@ -18,7 +18,7 @@ The student in one drawing. What stands in [brackets] learns; the heads W_q and 
                                     |
                                     |  each cell's vector divided by its length
                                     v
-                            Z^ (B, D, h, w)  <-------- Eq. (7): be like the rectified CLIP's Z
+                            Z^ (B, D, h, w)  <-------- Eq. (7): be like the Z of CLIP, frozen
                                     |
                         +-----------+-----------+
                         |                       |
@@ -67,11 +67,12 @@ correction. It is mild because the rows of W_r are short. Do not normalize them:
 strong as the query would drown it.
 
 Copied elsewhere (with torch and torchvision installed), it is used like this:
+    student = DeepLabV2.load("distill.pt")                               # trained, in eval mode
+    logits = student(images).rectified                                   # images in [0, 1]
+    masks = student.to_pixels(logits, *images.shape[2:]).argmax(1)       # (B, H, W)
+To train one (train.train_distillation has the loop), reclip.py gives the texts of its head:
     W_q, W_r = ReCLIP.load("rectify.pt").heads()                         # (C, D) each
     student = DeepLabV2(["cat", "dog"], W_q, W_r, backbone_weights="imagenet")
-
-    logits = student(images).rectified                                   # images in [0, 1]
-    masks = student.to_pixels(logits, H, W).argmax(1)                    # (B, H, W)
 
 `python deeplab.py` shows every tensor on the way once.
 
@@ -230,7 +231,8 @@ class ASPP(nn.Module):
         # its dilation reaches and gives its own answer in all D dimensions; in the sum, each cell
         # can rely on the branch that reaches far enough, and not too far, for the thing there.
         #
-        # Nothing stands behind the sum. The released code ends each branch in batch norm and ReLU:
+        # No batch norm and no ReLU behind the sum; only DeepLabV2.features scales each vector to
+        # length 1. The released code ends each branch in batch norm and ReLU:
         # such features are never negative. Many of CLIP's numbers are, and Eq. (7) asks for them.
         return sum(branch(x) for branch in self.branches)
 
@@ -350,7 +352,9 @@ class DeepLabV2(nn.Module):
 
     @property
     def scale(self):
-        """Factor on M^D where probabilities are wanted: softmax(scale * M^D).
+        """Factor on M^D where an evaluation wants probabilities: softmax(scale * M^D).
+
+        Training does not use it: Eq. (6) has a temperature of its own, mask_tau.
 
         Cosines lie so close together that their own softmax is nearly flat: 100 (released). The
         head "original" learns its own scale: 1.
