@@ -14,8 +14,8 @@ What stands here, from top to bottom
     VisionTransformer         image -> tokens; its positional embedding is p of Sec. 3.3
     CLIP                      the model; its parameter names are the keys of OpenAI's checkpoints
       .encode_image           (B, 3, H, W) -> (B, D)        one vector per image
-      .encode_image_dense     (B, 3, H, W) -> (B, D, h, w)  one vector per patch: Z of Sec. 3.1 (*)
-                              (*) before it is normalized; in the other files Z has length 1
+      .encode_image_dense     (B, 3, H, W) -> (B, D, h, w)  one vector per patch: Z of Sec. 3.1
+                              (not normalized yet; in the other files the vectors have length 1)
       .encode_text            (N, 77) -> (N, D)             one vector per text
       .encode_prompted        [SOT] v_1 .. v_L [name] [EOT] -> (C, D): the texts of Eq. (1)
     load_clip                 OpenAI's files and plain state dicts, without running code from them
@@ -551,8 +551,8 @@ class VisionTransformer(nn.Module):
         Returns: tokens (B, 1 + n, E_v), and the grid's size (h, w).
         """
         # Where H or W is no multiple of the patch, the image is padded on the right and below. In
-        # normalized pixels 0 is the mean color: the least that a margin can say.
-        # CLIP.to_pixels cuts off again what lies over the margin.
+        # normalized pixels 0 is the mean color, the most neutral one. CLIP.to_pixels cuts off again
+        # what lies over the margin.
         H, W = images.shape[-2:]
         images = F.pad(images, (0, -W % self.patch, 0, -H % self.patch))
 
@@ -622,8 +622,8 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
 
-        # CLIP's learnt temperature: exp(logit_scale) = 1 / tau. Here where its training began;
-        # in the released weights it has become log(100).
+        # CLIP's learnt temperature: exp(logit_scale) = 1 / tau. Its training began with tau = 0.07;
+        # in OpenAI's weights tau is 0.01.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
         self.context_length = context_length
@@ -1153,7 +1153,7 @@ def tour():
     show("positional_grid", clip.visual.positional_grid(h, w), "(1, E_v, h, w): p of Sec. 3.3")
     show("embed", embedded, "(B, 1 + n, E_v): class token, patches")
     show("encode_image", clip.encode_image(pixels), "(B, D): the whole image")
-    show("encode_image_dense", Z, "(B, D, h, w): Z of Sec. 3.1")
+    show("encode_image_dense", Z, "(B, D, h, w): Z of Sec. 3.1, not normalized yet")
 
     # The texts. Any L vectors do as a prompt: here those of the vocabulary's first five tokens.
     tokens = clip.tokenize([f"a photo of a {name}" for name in names])
@@ -1166,7 +1166,7 @@ def tour():
 
     # What all of it is for: how much does each patch resemble each text?
     cosines = torch.einsum("bdhw,nd->bnhw", F.normalize(Z, dim=1), F.normalize(texts, dim=1))
-    show("their cosines", cosines, "(B, N, h, w): M_q of Sec. 3.1, for one text")
+    show("their cosines", cosines, "(B, N, h, w): M_q of Sec. 3.1, with one text per class")
 
     print()
     print("Left, the text that each patch resembles most; right, what its middle pixel shows")

@@ -14,7 +14,7 @@ What stands here, from top to bottom
     prepare, verify          python datasets.py --prepare voc --root data --download
 
 Words and symbols
-    C classes; H x W pixels.
+    C classes; H x W pixels, H' x W' after resizing.
     image        uint8 (3, H, W), 0 to 255, or float (3, H, W) in [0, 1]. Not normalized by mean and
                  standard deviation here, because CLIP and the student each have their own
     truth        uint8 (H, W): the class 0..C-1 of each pixel, or 255 = IGNORE = not evaluated
@@ -29,7 +29,7 @@ Copied elsewhere (it needs torch, torchvision, numpy and Pillow), it is used lik
         ...                                          # images: float (4, 3, 336, 336) in [0, 1]
 
     for image, truth, name in Evaluation(open_split("voc", "data", "val"), short_side=336):
-        ...                                          # image: float (3, h, w); truth: uint8 (H, W)
+        ...                                          # image float (3, H', W'), truth uint8 (H, W)
 """
 
 import argparse
@@ -94,6 +94,7 @@ ADE_CLASSES = split_names("""
     bulletin board, shower, radiator, glass, clock, flag""")
 
 # The miniature world. Twins, two classes that are easily taken for each other, stand side by side.
+# The colors below are those of masks; HUES, further down, has those that things are painted in.
 SHAPES_CLASSES = ("coin", "ring", "box", "gem", "star", "flower", "bee", "beetle")
 
 # Its tiny CLIP knows some forty words: the 85 prompts of the paper would be Greek to it.
@@ -142,7 +143,7 @@ class DataFacts:
     classes: tuple            # C names, in the order of the class indices
     palette: list             # C colors (r, g, b)
     short_side: int           # pixels; for evaluation images are resized to it (released)
-    denoise: float            # classes never this probable are dropped (released); 0: off
+    denoise: float            # classes nowhere this probable are dropped (released); 0: off
     background: str           # in words: which pixels are not evaluated
     clip: str                 # default weights: a name that load_clip knows, or a file
     splits: tuple = ("val",)  # those that have truth to evaluate on
@@ -321,7 +322,7 @@ class Settings:
         "size (ours)")
     distill_crop: int = option(
         512, "side of the crop for distillation, and limit of the shorter side before it, pixels "
-        "(released); 0: as for crop")
+        "(released); 0: whole images, all of one size (ours)")
     flip: bool = option(True, "random horizontal flip (Sec. 4.1)")
     photometric: bool = option(True, "random brightness, contrast, saturation, hue (released)")
 
@@ -806,7 +807,7 @@ class Thumbnails(Dataset):
 
 
 def resize_short_side(image, short_side):
-    """uint8 (3, H, W) -> (3, h, w), ratio kept, with min(h, w) = short_side; 0: the size stays.
+    """uint8 (3, H, W) -> (3, H', W'), ratio kept, min(H', W') = short_side; 0: the size stays.
 
     The long side may not exceed 2048, or 4 * short_side if that is more: a longer image is made
     smaller until it fits.
@@ -826,7 +827,7 @@ def resize_short_side(image, short_side):
 class Evaluation(Dataset):
     """Images with their truth: item i is (image, truth, name).
 
-    image: float (3, h, w) in [0, 1], its short side resized to `short_side` pixels.
+    image: float (3, H', W') in [0, 1], its short side resized to `short_side` pixels.
     truth: uint8 (H, W), at the size of the file, because a number is reported at that size.
     """
 
@@ -1105,7 +1106,6 @@ class Shapes:
             raise ValueError(f"shapes has no split {split}, only {', '.join(SHAPES_SPLITS)}")
         count, self.seed = SHAPES_SPLITS[split]
         self.names = [f"{split}_{i:04}" for i in range(count)]
-        self.keep = True  # as target_scene does
 
     def __len__(self):
         return len(self.names)
@@ -1148,7 +1148,7 @@ def misplaced(data, root):
     if (root / top / top).is_dir():
         return f"{root / top} holds a second {top}; move the inner one to {root}"
 
-    if (root / train_images).is_dir() or year and (root / year).is_dir():
+    if (root / train_images).is_dir() or (year and (root / year).is_dir()):
         return f"{root} is inside of {layout.base}; root must be the folder that holds {top}"
 
     for other in root.glob("VOCdevkit/VOC20*"):

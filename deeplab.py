@@ -8,7 +8,7 @@ The student in one drawing. What stands in [brackets] learns; the heads W_q and 
       v
     [backbone]  ResNet-101; the last two of its stages dilate instead of striding
       |
-      |  (B, 2048, h, w): one cell of the grid per 8 x 8 pixels
+      |  (B, 2048, h, w): one cell of the grid per 8 x 8 pixels (tiny, for shapes: 96, 4 x 4)
       |
       +-------------------+--------------------+--------------------+
       v                   v                    v                    v
@@ -33,7 +33,7 @@ The student in one drawing. What stands in [brackets] learns; the heads W_q and 
                                     |                  Eq. (4), pool Z^; what they pool must
                                     |                  resemble the text of its class, Eq. (5)
                                     |
-                                    |  to_pixels: bilinear, 8 times larger, cut to H x W
+                                    |  to_pixels: bilinear, s times larger, cut to H x W
                                     v
                           pixels (B, C, H, W)  <------ Eq. (6): give every pixel the class
                                     |                  that the rectified CLIP gave it
@@ -231,15 +231,16 @@ class ASPP(nn.Module):
         # its dilation reaches and gives its own answer in all D dimensions; in the sum, each cell
         # can rely on the branch that reaches far enough, and not too far, for the thing there.
         #
-        # No batch norm and no ReLU behind the sum; only DeepLabV2.features scales each vector to
-        # length 1. The released code ends each branch in batch norm and ReLU:
-        # such features are never negative. Many of CLIP's numbers are, and Eq. (7) asks for them.
+        # No batch norm and no ReLU behind the sum; DeepLabV2.features only scales each vector to
+        # length 1. The released code ends each branch in batch norm and ReLU: such features are
+        # never negative. Many of CLIP's numbers are, and Eq. (7) asks for them.
         return sum(branch(x) for branch in self.branches)
 
 
 # --- What there is to choose ----------------------------------------------------------------------
 
 class Student(NamedTuple):
+    """A row of STUDENTS."""
     build: Callable     # () -> backbone: (B, 3, H, W) -> (B, channels, h, w)
     channels: int       # of the backbone's features
     output_stride: int  # s, pixels
@@ -260,7 +261,8 @@ class Logits(NamedTuple):
     query: torch.Tensor       # Z^ . W_q  (B, C, h, w), cosines
     reference: torch.Tensor   # Z^ . W_r  (B, C, h, w)
     positional: torch.Tensor  # M_p       (1, 1 or C, h, w), zero without a positional head
-    rectified: torch.Tensor   # M^D       (B, C, h, w), what the chosen head says
+    rectified: torch.Tensor   # M^D       (B, C, h, w), the answer of the chosen head; only the
+                              #           heads with W_r subtract anything
     features: torch.Tensor    # Z^        (B, D, h, w), each cell of length 1
 
 

@@ -129,18 +129,12 @@ def scores(confusion):
 
 @dataclass(frozen=True)
 class Protocol:
-    """How an image becomes a mask. A number without it means nothing: each line moves mIoU."""
+    """How an image becomes a mask. Each field moves mIoU: compare numbers of one protocol only."""
     short_side: int                    # pixels; images are resized to it before; 0: their own size
     window: int = 0                    # side of a sliding window, pixels; 0: the whole image
     stride: int = 224                  # from one window to the next, pixels
-    denoise: float = 0.0               # probability, see below; 0: off
+    denoise: float = 0.0               # threshold of reclip.strong_classes, a probability; 0: off
     background_threshold: float = 0.0  # pixels less probable than this get no class; 0: none
-
-    # Denoising (reclip.strong_classes): among C texts there is always one that fits a patch of wall
-    # or shadow a little better than the rest, so a few patches get the name of something that is
-    # not in the image at all. An object that is there has at least one patch that is sure of it. So
-    # classes that are nowhere as probable as `denoise` are taken off the list for this image, and
-    # their patches go to the best of the others. Not in the paper; the released evaluation does it.
 
     def __post_init__(self):
         if self.short_side < 0:
@@ -317,7 +311,7 @@ def evaluate_stage(
 
 
 def protocol_facts(model, stage, facts, protocol):
-    """All that a number or a mask depends on, as the JSON files keep it."""
+    """What a number or a mask depends on, for the JSON files. Their writers add what is missing."""
     return {
         "data": facts.name,
         "stage": stage,
@@ -499,9 +493,11 @@ def segment_images(model, stage, facts, images, protocol, out):
         values = {}   # name: value in the index PNG
         entries = []  # of the legend
         for c in found:
-            found_name, color = "background", GREY
+            found_name = "background"
+            color = GREY
             if c != IGNORE:
-                found_name, color = model.class_names[c].split("|")[0].strip(), facts.palette[c]
+                found_name = model.class_names[c].split("|")[0].strip()
+                color = facts.palette[c]
             areas[found_name] = shares[c]
             values[found_name] = (c + 1) % 256
             entries.append((color, f"{found_name} {100 * shares[c]:.1f} %"))
@@ -643,13 +639,15 @@ def parse_arguments(argv=None):
     if args.out is None:
         args.out = Path("runs") / Path(args.data).resolve().name
 
-    facts = find_facts(args)
+    facts = find_facts(args.data, args.images, args.classes)
     if facts.splits:
         args.split = args.split or facts.splits[0]
     if args.split and args.split not in facts.splits:
         raise ValueError(f"--split {args.split}: {args.data} has {', '.join(facts.splits)}")
 
-    protocol = find_protocol(args, facts)
+    protocol = find_protocol(
+        facts, args.short_side, args.window, args.stride, args.denoise, args.background_threshold
+    )
     if protocol.background_threshold and not args.images:
         raise ValueError("--background-threshold goes with --images: pixels that a data set "
                          "evaluates all have a class")
@@ -664,37 +662,36 @@ def parse_arguments(argv=None):
     return args, facts, protocol
 
 
-def find_facts(args):
-    """DataFacts of the data set, or of your own images: classes (): a checkpoint will name them."""
-    if not args.images:
-        if args.data in DATA and args.classes:
-            raise ValueError(f"--classes goes with your own images; {args.data} has its own "
-                             "classes")
-        if args.data not in DATA and not Path(args.data).is_dir():
-            raise ValueError(f"--data {args.data} is neither a folder of images nor one of "
+def find_facts(data, images, classes):
+    """DataFacts of the data set, or of your own images: classes (): a checkpoint will name them.
+
+    data, images, classes: as --data, --images and --classes give them.
+    """
+    if not images:
+        if data in DATA and classes:
+            raise ValueError(f"--classes goes with your own images; {data} has its own classes")
+        if data not in DATA and not Path(data).is_dir():
+            raise ValueError(f"--data {data} is neither a folder of images nor one of "
                              f"{', '.join(DATA)}")
-        if args.data not in DATA:
-            raise ValueError(f"--data {args.data} has no truth to evaluate on; "
-                             f"--images {args.data} draws its masks")
-    if args.classes:
-        return own_facts(args.data, read_classes(args.classes))
-    if args.data in DATA:
-        return DATA[args.data]
-    return own_facts(args.data, ())
+        if data not in DATA:
+            raise ValueError(f"--data {data} has no truth to evaluate on; --images {data} draws "
+                             "its masks")
+    if classes:
+        return own_facts(data, read_classes(classes))
+    if data in DATA:
+        return DATA[data]
+    return own_facts(data, ())
 
 
-def find_protocol(args, facts):
-    """The data set's own Protocol, with what the command line changes."""
-    short_side = facts.short_side
-    if args.short_side is not None:
-        short_side = args.short_side
-    denoise = facts.denoise
-    if args.denoise is not None:
-        denoise = args.denoise
-    stride = min(224, args.window)
-    if args.stride is not None:
-        stride = args.stride
-    return Protocol(short_side, args.window, stride, denoise, args.background_threshold)
+def find_protocol(facts, short_side, window, stride, denoise, background_threshold):
+    """The data set's own Protocol, with what the command line changes; None: not given."""
+    if short_side is None:
+        short_side = facts.short_side
+    if denoise is None:
+        denoise = facts.denoise
+    if stride is None:
+        stride = min(224, window)
+    return Protocol(short_side, window, stride, denoise, background_threshold)
 
 
 def main(argv=None):

@@ -39,16 +39,18 @@ Four numbers turn cosines into probabilities; each has its own task (values: VOC
     scale     100    evaluation only: softmax(100 M) where a threshold on a probability is asked for
 
 Copied elsewhere (with clip_model.py), it is used like this:
-    model = ReCLIP(load_clip("ViT-B/16"), ["cat", "dog", "grass"])  # images in [0, 1], (B, 3, H, W)
-    labels = model.image_labels(thumbnails, threshold=23, top_k=2)     # thumbnails (B, 3, 224, 224)
+    model = ReCLIP(load_clip("ViT-B/16"), ["cat", "dog", "grass"])
 
-    Z = model.features(images)                                              # one step of training
-    masks = gumbel_softmax_masks(model.rectify(Z).rectified, model.tau_1)
+    # one step of training: images (B, 3, H, W) in [0, 1], thumbnails of them (B, 3, 224, 224)
+    labels = model.image_labels(thumbnails, threshold=23, top_k=2)           # (B, C) bool
+    Z = model.features(images)                                               # (B, D, h, w)
+    masks = gumbel_softmax_masks(model.rectify(Z).rectified, model.tau_1)    # (B, C, h, w)
     loss = contrastive_loss(masked_features(Z, masks), model.W_q, labels, model.tau)
     loss.backward()
 
-    logits = model.eval()(image).rectified                                 # one image, (1, 3, H, W)
-    mask = segment(logits, model.output_stride, (H, W), (H, W))             # (H, W) uint8
+    # the mask of one image (1, 3, H, W)
+    logits = model.eval()(image).rectified                                   # (1, C, h, w)
+    mask = segment(logits, model.output_stride, (H, W), (H, W))              # (H, W) uint8
 
 Where the paper and its authors' released code differ, a comment says so and a named argument
 offers both.
@@ -143,10 +145,10 @@ def segmentation_logits(features, text_features):
 class ReferencePrompt(nn.Module):
     """Eq. (1): R_i = [v_1][v_2]...[v_L][CLS_i], with the same L learnable vectors for all classes.
 
-    clip -> W_r (C, D). CLIP calls many a cow a dog: "dog" pulls too hard wherever something looks
-    like cattle. W_r is trained to say how hard each class pulls on a patch, so that it can be taken
-    off. It is made of a text and not of a free C x D matrix: what it can express are directions of
-    CLIP's own text space, and the shared vectors carry what is common to "CLIP leans towards ...".
+    clip -> W_r (C, D). On the patches of a cow CLIP's logit for "dog" may be too high (Fig. 1b).
+    M_r = Z . W_r learns that excess, of each class and on each kind of patch, and M_q - M_r is free
+    of it. W_r is not a free C x D matrix but comes from texts: so it stays among the directions
+    that CLIP's text encoder can make, and the L shared vectors are all that is learnt.
 
     class_names: the Reference reads the first synonym only, the Query all of them. A bias needs one
         text per class, and the vectors adapt to the name that they stand before.
@@ -189,20 +191,20 @@ class ReferencePrompt(nn.Module):
 class PositionalBias(nn.Module):
     """Sec. 3.3: three 3x3 convolutions with batch norm, p (1, E_v, h, w) -> M_p (1, C or 1, h, w).
 
-    CLIP is better at the center of an image than near its border (Fig. 1a), because photographers
-    put their subject there. All that CLIP knows of place comes from its positional embedding p,
-    so a function of p can know how CLIP leans at each place; as p is no image, it can know
-    nothing else. M_p is therefore the same for all images of one size.
+    CLIP is better at the center of an image than near its border (Fig. 1a): presumably because
+    people photograph what they name, and put it there. What CLIP is told of places is its
+    positional embedding p. So a function of p can say how CLIP leans at each place, and as p is no
+    image, it can say nothing else: M_p is the same for all images of one size.
 
-    channels: the paper has one, shared by all classes (Eq. 2). A logit that all classes share
-    cancels
-        in every softmax and argmax over classes: it changes no mask and receives no gradient. The
-        released code has C, one per class, and so do we; 1 is offered as the paper's text.
+    channels: the paper has one, shared by all classes (Eq. (2)). A logit that all classes share
+        cancels in every softmax and argmax over classes: it changes no mask and receives no
+        gradient. The released code has C, one per class, and so do we; 1 is offered as the paper's
+        text.
     last_relu: released: a ReLU behind the last batch norm too, hence M_p >= 0. The paper: not said.
     gain: fixed factor on the output (ours; 1 is the paper's). Behind a batch norm M_p starts with a
-        spread of about 1, while the cosines of different classes differ by hundredths. Long
-        training (the paper's) recovers from that; a short one does not. A small factor makes
-        M_p start small and, since gradients carry it too, move calmly.
+        spread of about 1, while the cosines of different classes differ by hundredths. In the short
+        training of shapes it would swamp them. A small factor makes M_p start small and, since
+        gradients carry it too, move calmly.
     """
 
     def __init__(self, width, channels, last_relu=True, gain=1.0):
@@ -250,8 +252,8 @@ def rectify_logits(query_logits, bias, subtract=True):
 def gumbel_softmax_masks(rectified_logits, tau_1=0.001):
     """Eq. (4): M^ = Gumbel-Softmax(M, tau_1), (B, C, h, w) -> masks (B, C, h, w).
 
-    Each patch is 1 for one class and 0 for the rest. argmax would give the same masks, but no
-    gradient. Here the forward value is a sample of softmax(M / tau_1), namely the argmax of
+    Each patch is 1 for one class and 0 for the rest, as with an argmax over classes. But an argmax
+    has no gradient. Here the forward value is a sample of softmax(M / tau_1), namely the argmax of
     M / tau_1 + Gumbel noise, and the gradient is that of the softmax (straight-through).
 
     The temperature divides the logits before the noise is added, as released (logits x 1000).
@@ -297,23 +299,24 @@ def masked_features(features, masks, pool="global"):
 def contrastive_loss(pooled, W_q, labels, tau):
     """Eq. (5): L = -1/K sum_k log( exp(S[c_k, c_k] / tau) / sum_j exp(S[c_k, j] / tau) ).
 
-    pooled: masked features (B, C, D); W_q (C, D); labels (B, C) bool, which classes each image
-    holds. -> scalar, the mean over images.
+    pooled: masked features (B, C, D). W_q: (C, D).
+    labels: (B, C) bool, which classes each image holds.
+    -> scalar, the mean over images
 
-    This is how a bias is learnt without any label of a pixel. If the masks are right, the mean
-    under the cat mask looks like "cat" and like no other text, and the loss is low.
+    This is how a bias is learnt without any label of a pixel. If the masks are right, what is
+    pooled under the cat mask looks like "cat" and like no other text, and the loss is low.
     """
     # S[b, c, j]: how much the patches under mask c resemble text j. If dog patches slipped into the
     # cat mask, S[cat, dog] is high; the gradient then lowers M[cat] at those patches. M_q is
-    # frozen, so only the bias can move: that is how it comes to know where "cat" is claimed too
-    # easily.
+    # frozen, so only the bias can move: it comes to know where "cat" is claimed too easily.
     S = torch.einsum("bcd,jd->bcj", pooled, W_q)                        # (B, C, C)
 
     # For each mask the log probability of its own text among all C texts: the diagonal j = c.
     log_p = F.log_softmax(S / tau, dim=-1).diagonal(dim1=1, dim2=2)     # (B, C)
 
     # Only masks of classes that the image holds count. The mask of an absent class holds whatever
-    # was left over, and there is nothing that it should look like.
+    # was left over, and there is nothing that it should look like. (K is at least 1, so that an
+    # image without any label adds 0 and not 0 / 0.)
     K = labels.sum(1).clamp(min=1)                                      # (B,)
     return -((log_p * labels).sum(1) / K).mean()
 
@@ -329,7 +332,7 @@ class Logits(NamedTuple):
     features: torch.Tensor    # Z   (B, D, h, w), each patch of length 1
 
 
-def _forget_cache(model, incompatible_keys=None):
+def _forget_cache(model, incompatible_keys):
     """Hook behind load_state_dict: what was computed from the old weights is no longer true."""
     model._cache.clear()
 
@@ -340,8 +343,8 @@ class ReCLIP(nn.Module):
     clip: a CLIP of load_clip's. It is frozen in place (requires_grad off, eval mode) and kept, not
         copied.
     class_names: C strings, synonyms separated by "|": ["cat | kitten", "dog", "grass"].
-    prompts: templates of the Query, with {} for the name. W_q: (C, D), if it is known already; then
-        the prompts are not read.
+    prompts: templates of the Query, with {} for the name.
+    W_q: (C, D), if it is known already; then the prompts are not read.
     prompt_length: L of Eq. (1); 0 for no Reference.
     positional_channels: channels of M_p: None for C (released), 1 as the paper prints, 0 for no
         positional net (Table 4's second row).
@@ -429,8 +432,7 @@ class ReCLIP(nn.Module):
             self.positional = PositionalBias(width, channels, positional_last_relu, positional_gain)
 
         # In eval mode W_r, and M_p of each grid size, are the same for every image: computed once.
-        # Whatever may change a weight (training, loading, a move to another device or type)
-        # clears it.
+        # Whatever may change a weight clears them: training, loading, another device or type.
         self._cache = {}
         self.register_load_state_dict_post_hook(_forget_cache)
         self.to(clip.logit_scale.device)
@@ -458,40 +460,34 @@ class ReCLIP(nn.Module):
         Z = self.clip.encode_image_dense(normalize_pixels(images), self.attention)
         return F.normalize(Z, dim=1)                                    # (B, D, h, w)
 
-    def query_head(self):
-        """Weights that give M_q (C, D): W_q, or with query_learnable what was learnt instead."""
-        if self.query is None:
-            return self.W_q
-        if self.training:
-            return self.query(self.clip)
-        if "query" not in self._cache:
-            self._cache["query"] = self.query(self.clip).detach()
-        return self._cache["query"]
-
-    def reference_head(self):
-        """Weights that give M_r: W_r, (C, D); zeros without a Reference."""
-        if self.reference is None:
-            return torch.zeros_like(self.W_q)
-        if self.training:
-            return self.reference(self.clip)
-        if "reference" not in self._cache:
-            self._cache["reference"] = self.reference(self.clip).detach()
-        return self._cache["reference"]
-
     def heads(self):
-        """Weights of the two segmentation heads, W_q and W_r (C, D); the student inherits them."""
-        return self.query_head(), self.reference_head()
+        """Weights of the two segmentation heads, which the student inherits: W_q, W_r (C, D).
+
+        With query_learnable the first is what was learnt in its place; without a Reference the
+        second is 0.
+        """
+        W_q = self.W_q
+        if self.query is not None:
+            W_q = self._once("query", self.query, self.clip)
+        W_r = torch.zeros_like(self.W_q)
+        if self.reference is not None:
+            W_r = self._once("reference", self.reference, self.clip)
+        return W_q, W_r
 
     def positional_logits(self, h, w):
         """M_p on a grid of h x w patches, (1, 1 or C, h, w); zeros without a positional net."""
         if self.positional is None:
             return self.W_q.new_zeros(1, 1, h, w)
+        p = self.clip.visual.positional_grid(h, w)                      # (1, E_v, h, w)
+        return self._once((h, w), self.positional, p)
+
+    def _once(self, key, module, argument):
+        """module(argument); in eval mode computed once for each key, and without a gradient."""
         if self.training:
-            return self.positional(self.clip.visual.positional_grid(h, w))
-        if (h, w) not in self._cache:
-            M_p = self.positional(self.clip.visual.positional_grid(h, w))
-            self._cache[h, w] = M_p.detach()
-        return self._cache[h, w]
+            return module(argument)
+        if key not in self._cache:
+            self._cache[key] = module(argument).detach()
+        return self._cache[key]
 
     def rectify(self, Z):
         """Eq. (1)-(3) on features Z (B, D, h, w): all logits, by name."""
@@ -529,7 +525,7 @@ class ReCLIP(nn.Module):
 
     # -- what was learnt, alone --------------------------------------------------------------------
 
-    def bias_modules(self):
+    def learnable_modules(self):
         """{name: module} of the parts that learn: reference, positional; in Table 3 also query."""
         parts = {"query": self.query, "reference": self.reference, "positional": self.positional}
         return {name: part for name, part in parts.items() if part is not None}
@@ -573,8 +569,7 @@ class ReCLIP(nn.Module):
         """A working segmenter from save's file, in eval mode. No code from the file is executed.
 
         clip: None to load the CLIP that it was learnt on, from where it was found then; or that
-        same
-            CLIP, already loaded.
+            same CLIP, already loaded.
         Errors: FileNotFoundError; ValueError for a file that is none of save's, or of another CLIP.
         """
         try:
@@ -632,10 +627,12 @@ def check_class_names(class_names):
 def strong_classes(logits, threshold, scale=100.0):
     """Prompt denoising: which classes does the whole image speak for? (1, C, h, w) -> (C,) bool.
 
-    A class whose best probability softmax(scale * M) anywhere in the image stays below the
-    threshold is dropped: an object that is there has a patch that is sure of it. If no class
-    passes, all stay. (The released code then drops all, so that class 0 wins everywhere.) Not in
-    the paper; the released evaluation does it.
+    Among C texts there is always one that fits a patch of wall or shadow a little better than the
+    rest, so a few patches get the name of something that is not in the image at all. An object that
+    is there has at least one patch that is sure of it. So a class whose best probability
+    softmax(scale * M) anywhere in the image stays below the threshold is dropped, and its patches
+    go to the best of the others. If no class passes, all stay. (The released code then drops all,
+    so that class 0 wins everywhere.) Not in the paper; the released evaluation does it.
     """
     best = (scale * logits).softmax(1).amax((0, 2, 3))                  # (C,)
     kept = best >= threshold
@@ -666,16 +663,15 @@ def segment(
     """The mask of one image: logits on patches (1, C, h, w) -> class of each pixel (H0, W0), uint8.
 
     output_stride: pixels of the seen image from one cell of the grid to the next.
-    image_size: (H, W) of the image that the network saw. The cells may reach over its edge,
-    where it
-        was padded.
-    label_size: (H0, W0) of the mask that is wanted. The grid is read bilinearly at the center
-    of each
-        of its pixels. (The released code stretches the padded grid onto the unpadded image, which
-        shifts masks by up to 15 pixels.)
+    image_size: (H, W) of the image that the network saw. The cells may reach over its edge, where
+        it was padded.
+    label_size: (H0, W0) of the mask that is wanted. The grid is read bilinearly at the center of
+        each of its pixels. (The released code stretches the padded grid onto the unpadded image,
+        which shifts masks by up to 15 pixels.)
     denoise: threshold of strong_classes; 0 keeps every class.
     background: pixels whose best probability softmax(scale * M) stays below it become IGNORE;
-    0: none.
+        0 for none.
+    Errors: ValueError for a batch.
     """
     if len(logits) != 1:
         raise ValueError(f"segment takes the logits of one image, (1, C, h, w), not {len(logits)}: "
@@ -689,26 +685,28 @@ def segment(
     rows_at_once = max(1, 2 ** 24 // (C * len(x)))
     strips = []
     for y_strip in y.split(rows_at_once):
-        places = torch.stack(torch.meshgrid(x, y_strip, indexing="xy"), -1)          # (rows, W0, 2)
-        pixels = F.grid_sample(logits, places[None], align_corners=False)[0]         # (C, rows, W0)
-        allowed = pixels.masked_fill(~kept[:, None, None], -torch.inf)               # (C, rows, W0)
-        strip = allowed.argmax(0)                                                     # (rows, W0)
+        places = torch.stack(torch.meshgrid(x, y_strip, indexing="xy"), -1)     # (rows, W0, 2)
+        pixels = F.grid_sample(logits, places[None], align_corners=False)[0]    # (C, rows, W0)
+
+        # The best class of each pixel, among those that denoising has left.
+        dropped = ~kept[:, None, None]                                          # (C, 1, 1)
+        strip = pixels.masked_fill(dropped, -torch.inf).argmax(0)               # (rows, W0)
 
         if background:
             # Dropped classes still take their share of the probability.
-            probability = (scale * pixels).softmax(0)                                # (C, rows, W0)
-            probability = probability.masked_fill(~kept[:, None, None], 0)
-            strip[probability.amax(0) < background] = IGNORE
+            probability = (scale * pixels).softmax(0)                           # (C, rows, W0)
+            best = probability.masked_fill(dropped, 0).amax(0)                  # (rows, W0)
+            strip[best < background] = IGNORE
         strips.append(strip.byte())
-    return torch.cat(strips)                                                          # (H0, W0)
+    return torch.cat(strips)                                                    # (H0, W0)
 
 
 # --- Sec. 3.5: the losses of distillation ---------------------------------------------------------
 
 # The student has .features, .rectify and .to_pixels, as ReCLIP has; deeplab.py holds the paper's.
 #
-# Eq. (6) and (7) speak of maps at the image's size. At 512 x 512 the features alone are 512 x
-# 262,144 numbers per image, twice. So both losses go through them in groups: a group is
+# Eq. (6) and (7) speak of maps at the image's size. At 512 x 512 pixels the features alone are
+# 512 x 262,144 numbers per image, twice. So both losses go through them in groups: a group is
 # enlarged, reduced to a number, forgotten, and enlarged once more in backward
 # (torch.utils.checkpoint). The sum is the same.
 
@@ -726,15 +724,18 @@ def summed_cross_entropy(student_logits, pseudo_labels, tau, to_pixels):
 def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, piece=2 ** 25):
     """Eq. (6): L_mask = -1/(HW) sum_ij log P_ij(M~_ij), P = softmax of the student's M^D.
 
-    The teacher's mask M~ is taken for the truth. Its errors at single pixels are not the same from
-    image to image, and a network that sees many of them learns what they share: so the student's
-    masks become smoother and better than those that it was taught.
+    The teacher's mask M~ is taken for the truth, errors included. Why the student can still become
+    better than its teacher (our reading): it has to find what many masks have in common, and errors
+    that fall here in one image and there in another are not that.
 
-    student_logits: M^D on the student's grid (B, C, h, w). pseudo_labels: M~ (B, H, W) int64.
-    to_pixels: the student's. tau: the logits are cosines; as in Eq. (5) a temperature makes
-        probabilities of them. (Eq. (6) prints none.)
+    student_logits: M^D on the student's grid (B, C, h, w).
+    pseudo_labels: M~ (B, H, W) int64.
+    tau: the logits are cosines; as in Eq. (5) a temperature makes probabilities of them. (Eq. (6)
+        prints none.)
+    to_pixels: the student's.
     piece: numbers of the enlarged logits in memory at once; images go through in groups of that
-    size. -> scalar, the mean over all pixels of all images
+        size.
+    -> scalar, the mean over all pixels of all images
     """
     B, C = student_logits.shape[:2]
     images_at_once = max(1, piece // (C * pseudo_labels[0].numel()))
@@ -750,7 +751,7 @@ def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, piece=2 ** 2
 
 
 def summed_l1(Z, Z_student, size, to_pixels, student_to_pixels):
-    """Eq. (7) before the mean: (B, channels, h, w), (B, channels, h', w') -> scalar.
+    """Eq. (7) before the mean: (B, channels, h, w), (B, channels, h', w') -> scalar, a sum.
 
     An L1 norm is a sum over channels, so groups of channels may be added. Of a cosine, an L2
     norm or anything else that couples channels this is not true: such a loss needs all D at once.
@@ -767,14 +768,14 @@ def feature_guided_loss(Z, Z_student, size, to_pixels, student_to_pixels, piece=
     The student's head is made of CLIP's texts, which only mean something to features of CLIP's
     space: this loss brings the student's features there.
 
-    Z: the teacher's features (B, D, h, w); Z_student: Z^ (B, D, h', w'); each with its own
-    to_pixels. The norm is summed over the D features of a pixel, the mean is over pixels
-    (ours): the paper does
-        not say, but a mean over D too would make this term D times weaker, next to nothing beside
-        Eq. (6).
+    Z: the teacher's features (B, D, h, w), enlarged by to_pixels.
+    Z_student: Z^ (B, D, h', w'), enlarged by student_to_pixels.
+    size: (H, W).
     piece: numbers of one enlarged map in memory at once; channels go through in groups of that
-    size,
-        which is right for L1 alone (see summed_l1).
+        size, which is right for L1 alone (see summed_l1).
+    -> scalar: the norm is summed over the D features of a pixel, the mean is over pixels (ours).
+        The paper does not say; but a mean over D too would make this term D times weaker, next to
+        nothing beside Eq. (6).
     """
     H, W = size
     B, D = Z.shape[:2]
@@ -796,7 +797,8 @@ def text_guided_loss(student_logits, Z_student, W_q, labels, tau_1, tau, pool="g
     Eq. (6) and (7) hand down what the teacher knows, errors included; this one asks, as in
     rectification, whether what the student calls a cat looks like "cat".
 
-    student_logits: M^D (B, C, h, w). Z_student: Z^ (B, D, h, w). labels: (B, C) bool. -> scalar
+    student_logits: M^D (B, C, h, w). Z_student: Z^ (B, D, h, w). labels: (B, C) bool.
+    -> scalar
     (Released: the teacher's masks, and no gradient to the student.)
     """
     # In bf16 S would be rounded to steps of .001, and S / tau to steps of .1.

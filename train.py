@@ -12,6 +12,7 @@ What stands here
     learning rates, gradients of several processes, the models that the loops start from
     label_training_set       pseudo-labels of the training images (Sec. 3.4), kept by name
     Run                      bookkeeping of a loop: resume, log, save, stop
+    rectify_stage, distill_stage    a stage from a data set's name on: model, pseudo-labels, loop
     main                     the command line
 
 The hyper-parameters are datasets.Settings, with the source of each. The stream of training
@@ -76,11 +77,13 @@ def train_rectification(model, split, labels, settings, run):
 
     model: a ReCLIP. Its Reference prompt and its positional net learn; CLIP stays as it is.
     split: the training images (datasets.open_split).
-    labels: {name: (C,) bool}: which classes does each image hold? CLIP's own guess
-    (label_training_set).
-    settings: datasets.Settings. run: bookkeeping, see below.
+    labels: {name: (C,) bool}: which classes does each image hold? CLIP's own guess, which
+        label_training_set makes.
+    settings: datasets.Settings.
+    run: bookkeeping, a Run (see below).
+    -> the model, in eval mode
     """
-    modules = model.bias_modules()
+    modules = model.learnable_modules()
     parameters = [p for module in modules.values() for p in module.parameters()]
     if not parameters:
         raise ValueError("nothing to learn: prompt_length and positional_channels are both 0")
@@ -118,25 +121,25 @@ def train_rectification(model, split, labels, settings, run):
         set_learning_rate(optimizer, lr)
 
         # Which classes do these images hold? By CLIP's own guess; no annotation is opened anywhere.
-        present = torch.stack([labels[name] for name in names]).to(run.device)         # (B, C) bool
+        present = torch.stack([labels[name] for name in names]).to(run.device)   # (B, C) bool
 
         # Sec. 3.1: the patches as CLIP sees them. CLIP is frozen: no gradient passes here.
         if known:
-            Z = torch.stack([known[name] for name in names])                          # (B, D, h, w)
+            Z = torch.stack([known[name] for name in names])                     # (B, D, h, w)
         else:
-            Z = model.features(images)                                                # (B, D, h, w)
+            Z = model.features(images)                                           # (B, D, h, w)
 
         # Eq. (1)-(3): what CLIP says of each patch, less its leaning towards classes and places.
-        M = model.rectify(Z).rectified                                                # (B, C, h, w)
+        M = model.rectify(Z).rectified                                           # (B, C, h, w)
 
         # Eq. (4): every patch picks one class. These masks are hard, but a gradient passes through.
-        masks = gumbel_softmax_masks(M, model.tau_1)                                  # (B, C, h, w)
+        masks = gumbel_softmax_masks(M, model.tau_1)                             # (B, C, h, w)
 
-        # Eq. (5): what lies under the mask of a class must look like the text of that class.
-        # Where it does not, the mask took patches of another class, and the bias that let it is
-        # corrected.
-        pooled = masked_features(Z, masks, model.pool)                                   # (B, C, D)
-        loss = contrastive_loss(pooled, model.W_q, present, model.tau)                   # scalar
+        # Eq. (5): what lies under the mask of a class must look like the text of that class. Where
+        # it does not, the mask took patches of another class, and the bias that let it is put
+        # right.
+        pooled = masked_features(Z, masks, model.pool)                           # (B, C, D)
+        loss = contrastive_loss(pooled, model.W_q, present, model.tau)           # scalar
 
         optimizer.zero_grad()
         loss.backward()
@@ -156,11 +159,13 @@ def train_rectification(model, split, labels, settings, run):
 def train_distillation(teacher, student, split, labels, settings, run):
     """Sec. 3.5: the rectified CLIP teaches DeepLab V2; writes <out>/distill.pt.
 
-    Patches of 16 pixels cannot draw an outline, and CLIP was not made to segment. The student has a
-    finer grid, is made for it, and sees the teacher's opinion of very many images, whose errors are
-    not the same from image to image.
+    Patches of 16 pixels cannot draw an outline, and CLIP was not made to segment. The student is:
+    its grid is twice as fine, and it learns from the teacher's opinion of very many images.
 
-    teacher: a ReCLIP, frozen. student: a DeepLabV2. The others: as in train_rectification.
+    teacher: a ReCLIP, frozen.
+    student: a DeepLabV2.
+    split, labels, settings, run: as in train_rectification.
+    -> the student, in eval mode
     """
     teacher.eval()  # in training its batch norms would learn from the student's images
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -168,8 +173,9 @@ def train_distillation(teacher, student, split, labels, settings, run):
         parameters, settings.distill_lr, settings.momentum, weight_decay=settings.weight_decay
     )
 
-    # Never smaller than the crop (up to 4:1): the student would learn the teacher's opinion of grey
-    # padding (ours).
+    # Resized so that an image is never smaller than the crop (if its sides differ by no more than
+    # 4:1). Otherwise it would be padded with grey, and the student would learn what the teacher
+    # says of grey (ours).
     augment = Augment(
         settings.long_side,
         settings.distill_crop,
@@ -192,6 +198,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
     student.to(memory_format=torch.channels_last)  # the same numbers, faster convolutions
     run.begin({"student": student}, optimizer, steps, images_per_step, len(split))
     for step, images, names in run.batches(stream, settings.distill_batch):
+        # Sec. 4.1: poly decay over all epochs, and never below a floor (released).
         epoch = step * images_per_step // len(split)
         lr = poly_learning_rate(
             settings.distill_lr, epoch, settings.distill_epochs, settings.poly_power
@@ -199,40 +206,43 @@ def train_distillation(teacher, student, split, labels, settings, run):
         lr = max(lr, settings.distill_lr_floor)
         set_learning_rate(optimizer, lr)
 
-        present = torch.stack([labels[name] for name in names]).to(run.device)         # (B, C) bool
-        size = images.shape[2:]                                                          # (H, W)
+        # Which classes do these images hold? CLIP's guess once more, for the text-guided loss.
+        present = torch.stack([labels[name] for name in names]).to(run.device)   # (B, C) bool
+        size = images.shape[2:]                                                  # (H, W)
 
-        # What the teacher sees and says. Its masks are the pseudo-labels: every pixel gets a class.
+        # What the teacher says. Its masks are the pseudo-labels M~: every pixel gets a class, and
+        # none is looked up anywhere.
         with torch.no_grad():
-            guide = teacher(images)
-            pseudo_labels = teacher.to_pixels(guide.rectified, *size).argmax(1)          # (B, H, W)
+            taught = teacher(images)                                             # Logits
+            pseudo_labels = teacher.to_pixels(taught.rectified, *size).argmax(1)     # (B, H, W)
 
-        # What the student says of the same images. (In bf16 on a GPU; its head stays in fp32.)
+        # What the student says of the same images, and how far it is from that. On a GPU its
+        # convolutions run in bf16; its head and the text-guided loss stay in fp32 by themselves.
         with torch.autocast(run.device_type, torch.bfloat16, enabled=run.device_type == "cuda"):
-            own = student(images)
+            answer = student(images)                                             # Logits
 
-            # Eq. (6): the student's masks should be the teacher's.
+            # Eq. (6): each pixel should get the class that the teacher gave it.
             mask_loss = mask_guided_loss(
-                own.rectified, pseudo_labels, mask_tau, student.to_pixels
+                answer.rectified, pseudo_labels, mask_tau, student.to_pixels
             )
 
             # Eq. (7): its features should be the teacher's, since its head is made of CLIP's texts.
             feature_loss = 0
             if settings.alpha:
                 feature_loss = feature_guided_loss(
-                    guide.features, own.features, size, teacher.to_pixels, student.to_pixels
+                    taught.features, answer.features, size, teacher.to_pixels, student.to_pixels
                 )
 
             # Eq. (4)-(5) again: what lies under the student's own masks should look like their
-            # texts.
+            # texts. Here the student can find out that its teacher was wrong.
             text_loss = 0
             if settings.beta:
                 text_loss = text_guided_loss(
-                    own.rectified, own.features, teacher.W_q, present,
+                    answer.rectified, answer.features, teacher.W_q, present,
                     teacher.tau_1, teacher.tau, teacher.pool,
                 )
 
-            # Eq. (8)
+            # Eq. (8): all three, the last two with half the weight.
             loss = distillation_loss(
                 mask_loss, feature_loss, text_loss, settings.alpha, settings.beta
             )
@@ -415,7 +425,9 @@ def print_label_histogram(found, class_names):
     for c, name in enumerate(class_names):
         count = sum(c in classes for classes in found.values())
         bar = "#" * math.ceil(40 * count / len(found))
-        print(f"  {name:<20}{count:6}  {bar or 'never: try a synonym, name | synonym'}")
+        if count == 0:
+            bar = "never: try a synonym, name | synonym"
+        print(f"  {name:<20}{count:6}  {bar}")
 
 
 # --- Bookkeeping ----------------------------------------------------------------------------------
@@ -424,20 +436,21 @@ class Run:
     """All that a loop needs and the paper does not speak of: resume, log, progress, save, stop.
 
         run = Run("rectify", Path("runs/voc"), identity)
-        run.begin(modules, optimizer, steps, images_per_step, epoch)   # --resume continues here
+        run.begin(modules, optimizer, steps, images_per_step, len(split))    # --resume goes on here
         for step, images, names in run.batches(stream, batch_size):
             ...
-            run.require_finite(step, loss, parameters, names)     # NaN ends the run before the step
+            run.require_finite(step, loss, parameters, names)    # NaN ends the run before the step
             optimizer.step()
             run.log(step, loss, lr)
-            if run.time_to_save(step):                                 # each epoch, the end, Ctrl-C
+            if run.time_to_save(step):                           # every epoch, the end, Ctrl-C
                 model.save(run.checkpoint)
                 run.save_state(step)
 
     Files: <out>/<stage>.pt (checkpoint), <stage>_state.pt (all that a later --resume needs),
     <stage>_log.csv (step, loss, lr). Each is written beside the old one and renamed.
 
-    identity: {name: value} of what must not differ between a run and its resumption.
+    identity: {name: value} of what must not differ between a run and its resumption. More may be
+        added to run.identity before begin.
     Everything random in a step follows from (seed, step, process). So no generator has a state that
     would have to be kept, and on a CPU a resumed run equals an uninterrupted one to the bit.
     """
@@ -455,10 +468,15 @@ class Run:
         self.checkpoint = self.out / f"{stage}.pt"
         self.state_path = self.out / f"{stage}_state.pt"
         self.log_path = self.out / f"{stage}_log.csv"
-        self.asked_to_stop = False
+        self.asked_to_stop = False  # this process got a signal
+        self.stopping = False       # all processes know it: the run ends behind this step
 
     def begin(self, modules, optimizer, steps, images_per_step, images_per_epoch):
-        """modules: {name: module} whose states are saved and resumed; steps: how many in all."""
+        """Takes the run to its first step: 0, or the one behind the last that was saved.
+
+        modules: {name: module}, what learns; with the optimizer, what is saved and resumed.
+        steps: how many in all, of images_per_step images; images_per_epoch: how often to save.
+        """
         self.modules = modules
         self.optimizer = optimizer
         self.steps = steps
@@ -480,7 +498,8 @@ class Run:
         """Yields (step, images (B, 3, H, W) on the device, their names) until the last step.
 
         Step s of process r takes the images (s * processes + r) * batch_size and following of the
-        endless stream: processes never share an image, and no batch is smaller than another.
+        endless stream: within an epoch no two processes share an image, and no batch is smaller
+        than another.
         """
         loader = DataLoader(
             stream,
@@ -490,11 +509,13 @@ class Run:
         )
         with self.stop_signals():
             for step, (images, names) in enumerate(loader, self.first):
-                # Not the seeds of the stream; another one in each process.
+                # What is random in a step, the noise of Eq. (4), follows from its number. Processes
+                # get noise of their own, and the large primes keep it apart from the draws of the
+                # stream and of other seeds.
                 torch.manual_seed((self.seed + 1) * 7_368_787 + step + self.rank * 1_000_000_007)
                 yield step, images.to(self.device, non_blocking=True), names
 
-                if self.asked_to_stop and step + 1 < self.steps:
+                if self.stopping and step + 1 < self.steps:
                     raise KeyboardInterrupt
         self.report()
 
@@ -506,7 +527,10 @@ class Run:
 
     @contextmanager
     def stop_signals(self):
-        """Within, Ctrl-C and SIGTERM let the step in progress end and be saved."""
+        """Within, Ctrl-C and SIGTERM let the step in progress end and be saved.
+
+        A signal that comes too late for that, behind time_to_save, counts for the next step.
+        """
         def ask(*unused):
             self.asked_to_stop = True
 
@@ -543,17 +567,19 @@ class Run:
             self.progress(step + 1, f"loss {value:.4f}  lr {lr:.2e}  ")
 
     def time_to_save(self, step):
-        """True once an epoch, behind the last step, and when the run was asked to stop.
+        """True about once an epoch, behind the last step, and when the run was asked to stop.
 
-        Only process 0 writes. A stop that reached one process stops all of them behind the same
-        step.
+        Only process 0 writes. A stop that reached one process stops all behind the same step: one
+        that ended alone would leave the others waiting for its gradients.
         """
+        self.stopping = self.asked_to_stop
         if self.processes > 1:
-            stop = torch.tensor(int(self.asked_to_stop), device=self.device)
-            dist.all_reduce(stop)
-            self.asked_to_stop = bool(stop)
+            asked = torch.tensor(int(self.asked_to_stop), device=self.device)
+            dist.all_reduce(asked)
+            self.stopping = bool(asked)
+
         last = step + 1 == self.steps
-        due = (step + 1) % self.save_every == 0 or last or self.asked_to_stop
+        due = (step + 1) % self.save_every == 0 or last or self.stopping
         if due:
             self.saved = step + 1
         return due and self.rank == 0
@@ -618,17 +644,98 @@ class Run:
               f"written to {self.out}")
 
 
+# --- The two stages, from a data set's name on ----------------------------------------------------
+
+def open_training_images(data, root, download, cache, workers, limit=2):
+    """The training split. Its images are decoded once and kept in memory where that is wanted.
+
+    cache: True, False, or None to keep them if they need less than `limit` GiB (ours).
+    """
+    with rank_0_first():
+        split = open_split(data, root, "train", download)
+
+    sample = range(0, len(split), max(1, len(split) // 20))
+    mean_bytes = sum(split.image(i).numel() for i in sample) / len(sample)
+    copies = max(1, workers)  # each worker keeps its own
+    size = mean_bytes * len(split) * copies / 2 ** 30
+
+    split.keep = cache
+    if cache is None:
+        split.keep = size < limit
+    kept = "kept in memory" if split.keep else "not kept in memory"
+    print(f"{len(split)} training images, decoded about {size:.2f} GiB: {kept}")
+    return split
+
+
+def rectify_stage(facts, settings, split, clip_name, labels_path, run):
+    """Stage 1: a new model, its pseudo-labels, the loop. -> ReCLIP in eval mode
+
+    clip_name: as load_clip knows it; None for the data set's. labels_path: pseudo-labels are kept
+    there.
+    """
+    clip = load_clip(clip_name or facts.clip, run.device)
+    model = new_reclip(clip, facts, settings, run.seed)
+
+    origin = origin_of(facts, settings, clip, split)
+    with rank_0_first():
+        labels = label_training_set(model, split, settings, origin, labels_path, run.workers)
+
+    run.identity |= origin | dataclasses.asdict(settings)
+    return train_rectification(model, split, labels, settings, run)
+
+
+def distill_stage(facts, settings, split, clip_name, teacher_path, labels_path, run):
+    """Stage 2: the teacher, a new student, the loop. -> DeepLabV2 in eval mode
+
+    teacher_path: what stage 1 wrote. clip_name: None for the CLIP that the teacher was learnt on.
+    """
+    clip = None
+    if clip_name:
+        clip = load_clip(clip_name, run.device)
+    teacher = ReCLIP.load(teacher_path, clip, run.device)
+    if teacher.class_names != facts.classes:
+        raise ValueError(f"{teacher_path} was learnt for other classes than {facts.name}'s: "
+                         f"{', '.join(teacher.class_names)}")
+    student = new_student(teacher, settings, run.seed)
+
+    origin = origin_of(facts, settings, teacher.clip, split)
+    with rank_0_first():
+        labels = label_training_set(teacher, split, settings, origin, labels_path, run.workers)
+
+    run.identity |= origin | dataclasses.asdict(settings)
+    run.identity["teacher"] = teacher.fingerprint()
+    return train_distillation(teacher, student, split, labels, settings, run)
+
+
+def print_table(rows, facts, split_name, dataset, protocol, workers):
+    """Evaluates models and prints a table in the form of the paper's Tables 2 and 4.
+
+    rows: (title, model, stage, folder of the results, (model, stage) pairs to be drawn beside it).
+    """
+    lines = []
+    for title, model, stage, folder, others in rows:
+        result = evaluate_stage(
+            model, stage, facts, split_name, dataset, protocol, folder, others, workers
+        )
+        lines.append(f"  {title:<28}{100 * result['miou']:5.1f}")
+
+    print(f"\n{facts.name} {split_name}, mIoU")
+    print("\n".join(lines))
+
+
 # --- Command line ---------------------------------------------------------------------------------
 
-def parse_arguments(argv=None):
-    """The command line as (args, facts of the data set, settings). ValueError: it does not fit."""
+def make_parser():
+    """The options of the command line, without the checks of what fits together."""
     best_device = "cpu"
     if torch.backends.mps.is_available():
         best_device = "mps"
     if torch.cuda.is_available():
         best_device = "cuda"
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
+    # paper and pretrain were stages once: they are answered with the program's name.
     add("--stage", choices=["all", "rectify", "distill", "paper", "pretrain"], default="all",
         metavar="{all,rectify,distill}", help="all: both stages and a table (default)")
     add("--data", default="shapes",
@@ -657,6 +764,7 @@ def parse_arguments(argv=None):
     add("--denoise", type=float, help="evaluation of --stage all: drop classes whose best "
         "probability is below; 0: off (default: as released)")
 
+    # Every hyper-parameter is an option too. None means: not given, so the data set's own.
     group = parser.add_argument_group("hyper-parameters", "defaults in brackets, by data set")
     for field in dataclasses.fields(Settings):
         spellings = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
@@ -664,30 +772,62 @@ def parse_arguments(argv=None):
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         group.add_argument(*spellings, default=None, help=describe(field), **kind)
-    args = parser.parse_args(argv)
+    return parser
 
+
+def describe(field):
+    """Help of a setting: what it is, where it is from, and its default by data set."""
+    values = {name: getattr(settings, field.name) for name, settings in SETTINGS.items()}
+    if len(set(values.values())) == 1:
+        values = {"all": values["voc"]}
+
+    shown = []
+    for name, value in values.items():
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        shown.append(f"{name} {value}")
+    return f"{field.metadata['help']} [{', '.join(shown)}]"
+
+
+def parse_arguments(argv=None):
+    """The command line as (args, facts of the data set, settings). ValueError: it does not fit."""
+    args = make_parser().parse_args(argv)
     if args.stage in ("paper", "pretrain"):
         raise ValueError(f"--stage {args.stage} is a program of its own now: "
                          f"python tests/{args.stage}.py")
-    facts = find_facts(args)
-    settings = find_settings(args, facts)
     if args.teacher and args.stage != "distill":
         raise ValueError("--teacher goes with --stage distill alone")
+
+    facts = find_facts(args.data, args.classes)
     if args.stage == "all" and not facts.splits:
         raise ValueError(f"--stage all evaluates, and {args.data} has no labels: use "
                          "--stage rectify or distill")
-    args.split = args.split or (facts.splits[-1] if facts.splits else None)
-    if args.split not in (None, *facts.splits):
+    if facts.splits:
+        args.split = args.split or facts.splits[-1]
+    if args.split and args.split not in facts.splits:
         raise ValueError(f"--split {args.split}: {args.data} has {', '.join(facts.splits)}")
-    args.short_side = facts.short_side if args.short_side is None else args.short_side
-    args.denoise = facts.denoise if args.denoise is None else args.denoise
-    if not 0 <= args.denoise <= 1 or args.short_side < 0:
-        raise ValueError(f"--denoise {args.denoise} --short-side {args.short_side}: a probability "
-                         "between 0 and 1, and a number of pixels")
 
+    changes = {}  # settings that the command line gives
+    for field in dataclasses.fields(Settings):
+        value = getattr(args, field.name)
+        if value is not None:
+            changes[field.name] = value
+    if args.epochs is not None:
+        stage = "distill" if args.stage == "distill" else "rectify"
+        changes[f"{stage}_epochs"] = args.epochs
+    settings = find_settings(args.data, changes)
+
+    if args.short_side is None:
+        args.short_side = facts.short_side
+    if args.denoise is None:
+        args.denoise = facts.denoise
     if args.workers is None:
         args.workers = 4 if args.device.startswith("cuda") else 0
-    args.out = args.out or Path("runs") / Path(args.data).resolve().name
+    if args.out is None:
+        args.out = Path("runs") / Path(args.data).resolve().name
+    if args.teacher is None:
+        args.teacher = args.out / "rectify.pt"
+
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -696,171 +836,105 @@ def parse_arguments(argv=None):
     return args, facts, settings
 
 
-def describe(field):
-    """Help of a setting: what it is, where it is from, and its default by data set."""
-    values = {name: getattr(settings, field.name) for name, settings in SETTINGS.items()}
-    if len(set(values.values())) == 1:
-        values = {"all": values["voc"]}
-    shown = []
-    for name, value in values.items():
-        shown.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-    return f"{field.metadata['help']} [{', '.join(shown)}]"
-
-
-def find_facts(args):
-    """Facts of the data set that --data names, or of your own folder of images."""
-    if args.data in DATA:
-        if args.classes:
-            raise ValueError(f"--classes goes with your own images; {args.data} has its own "
-                             "classes")
-        return DATA[args.data]
-    if not Path(args.data).is_dir():
-        raise ValueError(f"--data {args.data} is neither a folder of images nor one of "
+def find_facts(data, classes):
+    """Facts of the data set that --data names, or of your own folder of images with --classes."""
+    if data in DATA:
+        if classes:
+            raise ValueError(f"--classes goes with your own images; {data} has its own classes")
+        return DATA[data]
+    if not Path(data).is_dir():
+        raise ValueError(f"--data {data} is neither a folder of images nor one of "
                          f"{', '.join(DATA)}")
-    if not args.classes:
-        raise ValueError(f"--data {args.data} needs --classes 'cat, dog, grass', or a file with "
-                         "one class a line")
-    return own_facts(args.data, read_classes(args.classes))
+    if not classes:
+        raise ValueError(f"--data {data} needs --classes 'cat, dog, grass', or a file with one "
+                         "class a line")
+    return own_facts(data, read_classes(classes))
 
 
-def find_settings(args, facts):
-    """The data set's settings, with those that the command line gives."""
-    changes = {}
-    for field in dataclasses.fields(Settings):
-        value = getattr(args, field.name)
-        if value is not None:
-            changes[field.name] = value
-    if args.epochs is not None:
-        changes["distill_epochs" if args.stage == "distill" else "rectify_epochs"] = args.epochs
-
-    settings = dataclasses.replace(SETTINGS.get(args.data, SETTINGS["own"]), **changes)
-    if args.data != "shapes" and not (settings.crop and settings.distill_crop):
+def find_settings(data, changes):
+    """The settings of the data set that --data names, or of your own images, with some changed."""
+    settings = dataclasses.replace(SETTINGS.get(data, SETTINGS["own"]), **changes)
+    if data != "shapes" and not (settings.crop and settings.distill_crop):
         raise ValueError("--crop 0 and --distill-crop 0 need images of one size; those of "
-                         f"{args.data} differ")
+                         f"{data} differ")
     return settings
 
 
-def open_training_images(args, limit=2):
-    """The training split; below `limit` GiB (ours), or with --cache, images are decoded once."""
-    with rank_0_first():
-        split = open_split(args.data, args.root, "train", args.download)
+def join_processes(stage, device):
+    """Under torchrun: this process's part in the run, on one GPU each (NCCL) or the CPU (gloo).
 
-    sample = range(0, len(split), max(1, len(split) // 20))
-    mean_bytes = sum(split.image(i).numel() for i in sample) / len(sample)
-    copies = max(1, args.workers)  # each worker keeps its own
-    size = mean_bytes * len(split) * copies / 2 ** 30
-    split.keep = size < limit if args.cache is None else args.cache
-    print(f"{len(split)} training images, decoded about {size:.2f} GiB: "
-          f"{'' if split.keep else 'not '}kept in memory")
-    return split
-
-
-def rectify_stage(args, facts, settings, split, out):
-    """--stage rectify: a new model, its pseudo-labels, the loop. -> ReCLIP in eval mode"""
-    clip = load_clip(args.clip or facts.clip, args.device)
-    model = new_reclip(clip, facts, settings, args.seed)
-    origin = origin_of(facts, settings, clip, split)
-    with rank_0_first():
-        labels = label_training_set(
-            model, split, settings, origin, args.out / "image_labels.json", args.workers
-        )
-
-    identity = origin | dataclasses.asdict(settings)
-    resume = args.resume and (args.stage == "rectify" or (out / "rectify_state.pt").is_file())
-    run = Run("rectify", out, identity, args.seed, resume, args.device, args.workers)
-    return train_rectification(model, split, labels, settings, run)
-
-
-def distill_stage(args, facts, settings, split):
-    """--stage distill: the teacher, a new student, the loop. -> DeepLabV2 in eval mode"""
-    path = args.teacher or args.out / "rectify.pt"
-    clip = None  # from where the teacher found it
-    if args.clip:
-        clip = load_clip(args.clip, args.device)
-    teacher = ReCLIP.load(path, clip, args.device)
-    if teacher.class_names != facts.classes:
-        raise ValueError(f"{path} was learnt for other classes than {args.data}'s: "
-                         f"{', '.join(teacher.class_names)}")
-
-    student = new_student(teacher, settings, args.seed)
-    origin = origin_of(facts, settings, teacher.clip, split)
-    with rank_0_first():
-        labels = label_training_set(
-            teacher, split, settings, origin, args.out / "image_labels.json", args.workers
-        )
-
-    identity = origin | dataclasses.asdict(settings) | {"teacher": teacher.fingerprint()}
-    resume = args.resume and (args.stage == "distill" or (args.out / "distill_state.pt").is_file())
-    run = Run("distill", args.out, identity, args.seed, resume, args.device, args.workers)
-    return train_distillation(teacher, student, split, labels, settings, run)
-
-
-def all_stages(args, facts, settings, split):
-    """--stage all: both stages, and a table in the form of the paper's Tables 2 and 4."""
-    without_positional = dataclasses.replace(settings, positional_channels=0)
-    out = args.out / "reference_only"
-    reference_only = rectify_stage(args, facts, without_positional, split, out)
-    rectified = rectify_stage(args, facts, settings, split, args.out)
-    student = distill_stage(args, facts, settings, split)
-
-    protocol = Protocol(short_side=args.short_side, denoise=args.denoise)
-    labelled = Evaluation(
-        open_split(args.data, args.root, args.split, args.download), args.short_side
-    )
-    columns = [(rectified, "clip"), (rectified, "rectify")]  # beside the student in the picture
-    rows = [
-        ("MaskCLIP (Query only)", rectified, "clip", args.out, []),
-        ("+ Reference", reference_only, "rectify", out, []),
-        ("+ Reference + positional", rectified, "rectify", args.out, columns[:1]),
-        ("distilled", student, "distill", args.out, columns),
-    ]
-    lines = []
-    for title, model, stage, folder, others in rows:
-        result = evaluate_stage(
-            model, stage, facts, args.split, labelled, protocol, folder, others, args.workers
-        )
-        lines.append(f"  {title:<28}{100 * result['miou']:5.1f}")
-
-    print(f"\n{args.data} {args.split}, mIoU")
-    print("\n".join(lines))
-    print(f"masks: {args.out / 'eval_distill.png'}")
-
-
-def join_processes(args):
-    """Under torchrun: this process's part in the run, one GPU each (NCCL), or the CPU (gloo)."""
-    if args.stage == "all":
+    -> the device of this process
+    """
+    if stage == "all":
         raise ValueError("--stage all is a matter of one process: torchrun goes with rectify and "
                          "distill")
     backend = "gloo"
-    if args.device.startswith("cuda"):
+    if device.startswith("cuda"):
         backend = "nccl"
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
 
     # An hour, since the others wait while process 0 labels all of ADE20K.
     dist.init_process_group(backend, timeout=timedelta(hours=1))
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} processes: so many times the images per step, and fewer "
               "steps; the learning rate stays")
+    return device
 
 
 def main(argv=None):
     args, facts, settings = parse_arguments(argv)
+    protocol = Protocol(short_side=args.short_side, denoise=args.denoise)
+
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
     if args.data == "shapes" and args.device == "cpu":
         # Tensors this small gain little from more threads, and stall on shared cores.
         torch.set_num_threads(1)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        join_processes(args)
+        args.device = join_processes(args.stage, args.device)
 
-    split = open_training_images(args)
+    split = open_training_images(args.data, args.root, args.download, args.cache, args.workers)
+    labels_path = args.out / "image_labels.json"  # one file for all: they depend on CLIP alone
+    how = (args.seed, args.resume, args.device, args.workers)
+    rectification = Run("rectify", args.out, {}, *how)
+    distillation = Run("distill", args.out, {}, *how)
+
     if args.stage == "rectify":
-        rectify_stage(args, facts, settings, split, args.out)
+        rectify_stage(facts, settings, split, args.clip, labels_path, rectification)
     elif args.stage == "distill":
-        distill_stage(args, facts, settings, split)
+        distill_stage(
+            facts, settings, split, args.clip, args.teacher, labels_path, distillation
+        )
     else:
-        all_stages(args, facts, settings, split)
+        # The second row of the table: the Reference without the positional net.
+        without_positional = dataclasses.replace(settings, positional_channels=0)
+        reference_only = Run("rectify", args.out / "reference_only", {}, *how)
+
+        # With --resume, a run that had not been begun has no state: it begins now.
+        for run in (reference_only, rectification, distillation):
+            run.resume = run.resume and run.state_path.is_file()
+
+        plain = rectify_stage(
+            facts, without_positional, split, args.clip, labels_path, reference_only
+        )
+        model = rectify_stage(facts, settings, split, args.clip, labels_path, rectification)
+        student = distill_stage(
+            facts, settings, split, args.clip, args.teacher, labels_path, distillation
+        )
+
+        # Only here is truth read, to measure what has been learnt.
+        labelled = open_split(args.data, args.root, args.split, args.download)
+        dataset = Evaluation(labelled, args.short_side)
+        earlier = [(model, "clip"), (model, "rectify")]  # drawn beside the student
+        rows = [
+            ("MaskCLIP (Query only)", model, "clip", args.out, []),
+            ("+ Reference", plain, "rectify", reference_only.out, []),
+            ("+ Reference + positional", model, "rectify", args.out, earlier[:1]),
+            ("distilled", student, "distill", args.out, earlier),
+        ]
+        print_table(rows, facts, args.split, dataset, protocol, args.workers)
+        print(f"masks: {args.out / 'eval_distill.png'}")
 
     if dist.is_initialized():
         dist.destroy_process_group()

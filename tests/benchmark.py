@@ -22,7 +22,7 @@ How
     before. A tiny step goes first, so that the libraries' own pages do not count. On a GPU: what
     torch has allocated.
 
-Why ours is faster and smaller (the README has the numbers)
+Why ours is faster and smaller
     - The texts of all classes begin alike: [SOT] v_1 .. v_L. This prefix is encoded once, and
       the names lie packed behind it: 117 tokens in place of 20 texts of 77 for VOC
       (CLIP.encode_prompted).
@@ -493,19 +493,19 @@ def distillation(quick, device, repeat):
 
     def step():
         with torch.no_grad():
-            guide = teacher(images)
-            pseudo_labels = teacher.to_pixels(guide.rectified, *size).argmax(1)     # (B, H, W)
+            taught = teacher(images)
+            pseudo_labels = teacher.to_pixels(taught.rectified, *size).argmax(1)    # (B, H, W)
 
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-            own = student(images)
+            answer = student(images)
             mask_loss = mask_guided_loss(
-                own.rectified, pseudo_labels, teacher.tau, student.to_pixels
+                answer.rectified, pseudo_labels, teacher.tau, student.to_pixels
             )
             feature_loss = feature_guided_loss(
-                guide.features, own.features, size, teacher.to_pixels, student.to_pixels
+                taught.features, answer.features, size, teacher.to_pixels, student.to_pixels
             )
             text_loss = text_guided_loss(
-                own.rectified, own.features, teacher.W_q, labels,
+                answer.rectified, answer.features, teacher.W_q, labels,
                 teacher.tau_1, teacher.tau, teacher.pool,
             )
             loss = distillation_loss(mask_loss, feature_loss, text_loss)

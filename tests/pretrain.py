@@ -10,7 +10,7 @@ The target (what is segmented; datasets.py draws it)
     64 x 64 images, eight classes in four pairs of look-alikes (coin/ring, box/gem,
     star/flower, bee/beetle), one to four of them anywhere, on any of eight grounds.
     Look-alikes share two colors, each its own three times as often. 1000 images to train on
-    without labels, 300 (val) on which every choice was made, 500 (test) for the tables.
+    without labels, 300 (val) to choose on, 500 (test) for the tables.
 
 The web (what the tiny CLIP is trained on; drawn here)
     Captioned scenes without habits, whose captions favor what is central; and close-ups
@@ -79,7 +79,7 @@ OWN_COLOR = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class PretrainSettings:
-    """All ours, chosen on the val split."""
+    """All ours, chosen on the val split. Images per step unless another unit is given."""
     mosaic_steps: int = 350     # first phase: mosaics only
     steps: int = 1000           # both phases
     mosaic_share: float = 0.25  # of the second phase's steps

@@ -61,7 +61,7 @@ def one_step(first, count):
     Z = model.features(torch.rand(4, 3, 64, 64))      # tau_1: the masks hardly feel the noise, which differs by rank
     labels = torch.rand(4, 8) > 0.5
     labels[:, 0] = True
-    parts = model.bias_modules()
+    parts = model.learnable_modules()
     parameters = [p for part in parts.values() for p in part.parameters()]
     torch.manual_seed(7)
     noise = torch.distributions.Gumbel(0, 1).sample((4, 8, 8, 8))

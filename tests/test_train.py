@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -57,6 +58,23 @@ def test_resumed_run_equals_uninterrupted_one(command, tmp_path, monkeypatch):
     other = command("other", "--seed", "1")
     train.main(other)
     assert not torch.equal(learnt(tmp_path / "other")["reference.vectors"], whole["reference.vectors"])
+
+
+def test_a_signal_behind_the_save_counts_for_the_next_step(tmp_path):
+    """Else the step that is running then would end unsaved, and one of several processes alone."""
+    class Stream(torch.utils.data.Dataset):
+        def __getitem__(self, s):
+            return torch.tensor([s]), "any"
+
+    run = train.Run("rectify", tmp_path, {})
+    run.begin({}, None, steps=9, images_per_step=1, images_per_epoch=9)
+    saves = []
+    with pytest.raises(KeyboardInterrupt):
+        for step, _, _ in run.batches(Stream(), 1):
+            saves.append((step, run.time_to_save(step)))
+            if step == 1:
+                signal.raise_signal(signal.SIGTERM)
+    assert saves == [(0, False), (1, False), (2, True)]
 
 
 def test_only_the_bias_modules_learn(command, tmp_path):
