@@ -7,8 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from deeplab import DeepLabV2
-from reclip import (ReCLIP, distillation_loss, feature_guided_loss, gumbel_softmax_masks, mask_guided_loss,
-                    text_guided_loss)
+from reclip import (
+    ReCLIP,
+    distillation_loss,
+    feature_guided_loss,
+    gumbel_softmax_masks,
+    mask_guided_loss,
+    text_guided_loss,
+)
 
 CLASSES = ["cat", "dog", "grass", "tree"]
 C, D, PATCH, STRIDE = 4, 12, 4, 4
@@ -21,10 +27,14 @@ def close(a, b, tolerance=1e-12):
 
 
 def enlarge(stride):
-    """What CLIP.to_pixels and DeepLabV2.to_pixels do, for any stride (each is tested where it stands)."""
+    """What CLIP.to_pixels and DeepLabV2.to_pixels do, for any stride (each is tested where it
+    stands).
+    """
+
     def to_pixels(grid, H, W):
         size = [side * stride for side in grid.shape[-2:]]
         return F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[..., :H, :W]
+
     return to_pixels
 
 
@@ -53,10 +63,13 @@ def labels():
 
 
 def random_grid(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).requires_grad_()
 
 
-# -- Eq. (6) ----------------------------------------------------------------------------------------------
+# -- Eq. (6) ---------------------------------------------------------------------------------------
+
 
 def test_mask_guided_loss_is_the_literal_formula():
     grid, (H, W), tau = random_grid(2, C, 4, 5), SIZE, 0.07
@@ -67,7 +80,11 @@ def test_mask_guided_loss_is_the_literal_formula():
             for j in range(W):
                 e = [math.exp(M[b][c][i][j] / tau) for c in range(C)]
                 want -= math.log(e[pseudo[b, i, j]] / sum(e)) / (H * W) / 2
-    close(mask_guided_loss(grid, pseudo, tau, enlarge(STRIDE)), torch.tensor(want, dtype=torch.float64), 1e-11)
+    close(
+        mask_guided_loss(grid, pseudo, tau, enlarge(STRIDE)),
+        torch.tensor(want, dtype=torch.float64),
+        1e-11,
+    )
 
 
 def test_mask_guided_loss_in_pieces_equals_the_whole():
@@ -78,40 +95,60 @@ def test_mask_guided_loss_in_pieces_equals_the_whole():
     close(*(torch.autograd.grad(loss, grid)[0] for loss in (pieces, whole)), 1e-10)
 
 
-# -- Eq. (7) ----------------------------------------------------------------------------------------------
+# -- Eq. (7) ---------------------------------------------------------------------------------------
+
 
 def test_feature_guided_loss_is_the_literal_formula():
     Z, own, (H, W) = random_grid(2, 3, 2, 3), random_grid(2, 3, 4, 5, seed=1), SIZE
     a, b = enlarge(8)(Z, H, W).tolist(), enlarge(4)(own, H, W).tolist()
-    want = sum(abs(a[n][d][i][j] - b[n][d][i][j])
-               for n in range(2) for d in range(3) for i in range(H) for j in range(W)) / (2 * H * W)
-    close(feature_guided_loss(Z, own, SIZE, enlarge(8), enlarge(4)), torch.tensor(want, dtype=torch.float64))
+    want = sum(
+        abs(a[n][d][i][j] - b[n][d][i][j])
+        for n in range(2)
+        for d in range(3)
+        for i in range(H)
+        for j in range(W)
+    ) / (2 * H * W)
+    close(
+        feature_guided_loss(Z, own, SIZE, enlarge(8), enlarge(4)),
+        torch.tensor(want, dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 5, 12])  # a piece: 12 pieces; 5 + 5 + 2; all at once
 def test_feature_guided_loss_in_pieces_equals_the_whole(channels):
     Z, own = random_grid(2, D, 2, 3), random_grid(2, D, 4, 5, seed=1)
     whole = D * F.l1_loss(enlarge(8)(Z, *SIZE), enlarge(4)(own, *SIZE))
-    pieces = feature_guided_loss(Z, own, SIZE, enlarge(8), enlarge(4), piece=channels * 2 * SIZE[0] * SIZE[1])
+    pieces = feature_guided_loss(
+        Z, own, SIZE, enlarge(8), enlarge(4), piece=channels * 2 * SIZE[0] * SIZE[1]
+    )
     close(pieces, whole)
     for tensor in (Z, own):
-        close(*(torch.autograd.grad(loss, tensor, retain_graph=True)[0] for loss in (pieces, whole)), 1e-10)
+        close(
+            *(torch.autograd.grad(loss, tensor, retain_graph=True)[0] for loss in (pieces, whole)),
+            1e-10,
+        )
 
 
 def test_no_map_of_the_pictures_size_waits_for_backward():
     Z, own, kept = random_grid(2, D, 4, 4), random_grid(2, D, 8, 8, seed=1), []
     keep = torch.autograd.graph.saved_tensors_hooks(
-        lambda x: kept.append(x.numel() if x.is_floating_point() else 0) or x, lambda x: x)
+        lambda x: kept.append(x.numel() if x.is_floating_point() else 0) or x, lambda x: x
+    )
     with keep:
         feature_guided_loss(Z, own, (64, 64), enlarge(16), enlarge(8), piece=1)
-        mask_guided_loss(own[:, :C], torch.zeros(2, 64, 64, dtype=torch.int64), 1.0, enlarge(8), piece=1)
+        mask_guided_loss(
+            own[:, :C], torch.zeros(2, 64, 64, dtype=torch.int64), 1.0, enlarge(8), piece=1
+        )
     assert max(kept) < 64 * 64
     with keep:
         F.l1_loss(enlarge(16)(Z, 64, 64), enlarge(8)(own, 64, 64))
-    assert max(kept) >= D * 64 * 64  # the plain formula does keep them: the hook sees what it should
+    assert (
+        max(kept) >= D * 64 * 64
+    )  # the plain formula does keep them: the hook sees what it should
 
 
-# -- text-guided ------------------------------------------------------------------------------------------
+# -- text-guided -----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("pool", ["global", "mask"])
 def test_text_guided_loss_is_the_literal_formula(labels, pool):
@@ -127,7 +164,10 @@ def test_text_guided_loss_is_the_literal_formula(labels, pool):
         for k in classes:
             cells = [(i, j) for i in range(4) for j in range(5) if masks[b, k, i, j] > 0.5]
             total = sum((Z[b, :, i, j] for i, j in cells), torch.zeros(D, dtype=torch.float64))
-            S = [(total / (20 if pool == "global" else max(1, len(cells)))) @ W_q[j] for j in range(C)]
+            S = [
+                (total / (20 if pool == "global" else max(1, len(cells)))) @ W_q[j]
+                for j in range(C)
+            ]
             e = [torch.exp(s / tau) for s in S]
             want -= torch.log(e[k] / sum(e)) / len(classes) / 2
     close(loss, want, 1e-11)
@@ -142,23 +182,44 @@ def test_text_guided_loss_reaches_the_student_both_ways(student, pictures, label
     assert all(branch.weight.grad.abs().sum() > 0 for branch in student.aspp.branches)
 
 
-# -- Eq. (8) ----------------------------------------------------------------------------------------------
+# -- Eq. (8) ---------------------------------------------------------------------------------------
+
 
 def parts(teacher, student, pictures, labels):
-    """The three losses from first principles: each network is fed its own normalisation of the same pictures."""
+    """The three losses from first principles: each network is fed its own normalisation of the
+    same pictures.
+    """
+
     def normalised(mean, std):
-        return (pictures - torch.tensor(mean).double()[:, None, None]) / torch.tensor(std).double()[:, None, None]
+        return (pictures - torch.tensor(mean).double()[:, None, None]) / torch.tensor(std).double()[
+            :, None, None
+        ]
 
     x = student.backbone(normalised((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     own = student.rectify(F.normalize(student.aspp(x), dim=1))
     with torch.no_grad():
-        Z = F.normalize(teacher.clip.encode_image_dense(normalised(
-            (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))), dim=1)
+        Z = F.normalize(
+            teacher.clip.encode_image_dense(
+                normalised(
+                    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+                )
+            ),
+            dim=1,
+        )
         pseudo = enlarge(PATCH)(teacher.rectify(Z).rectified, *SIZE).argmax(1)
-    return (mask_guided_loss(own.rectified, pseudo, teacher.tau, enlarge(STRIDE)),
-            feature_guided_loss(Z, own.features, SIZE, enlarge(PATCH), enlarge(STRIDE)),
-            text_guided_loss(own.rectified, own.features, teacher.W_q, labels, teacher.tau_1, teacher.tau,
-                             teacher.pool))
+    return (
+        mask_guided_loss(own.rectified, pseudo, teacher.tau, enlarge(STRIDE)),
+        feature_guided_loss(Z, own.features, SIZE, enlarge(PATCH), enlarge(STRIDE)),
+        text_guided_loss(
+            own.rectified,
+            own.features,
+            teacher.W_q,
+            labels,
+            teacher.tau_1,
+            teacher.tau,
+            teacher.pool,
+        ),
+    )
 
 
 def one_step(teacher, student, images, labels, alpha=0.5, beta=0.5):
@@ -184,7 +245,9 @@ def test_distillation_loss_is_the_weighted_sum(teacher, student, pictures, label
     mask, feature, text = parts(teacher, student, pictures, labels)
     torch.manual_seed(3)
     loss = one_step(teacher, student, pictures, labels, alpha, beta)
-    close(loss, mask + alpha * feature + beta * text, 1e-6)  # new_tensor and tensor round the means apart
+    close(
+        loss, mask + alpha * feature + beta * text, 1e-6
+    )  # new_tensor and tensor round the means apart
 
 
 def test_defaults_are_the_papers():

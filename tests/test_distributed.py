@@ -1,4 +1,6 @@
-"""train.py under torchrun, with two gloo processes on the CPU: gradients, determinism, and what a killed rank does."""
+"""train.py under torchrun, with two gloo processes on the CPU: gradients, determinism, and what
+a killed rank does.
+"""
 
 import os
 import signal
@@ -26,18 +28,47 @@ def free_port():
 
 def torchrun(arguments, processes=2):
     """Starts the ranks as torchrun would, one process each, so that a test can kill one of them."""
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes),
-                                "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
-    return [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)})
-            for r in range(processes)]
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(processes),
+        "TORCHELASTIC_RUN_ID": "test",
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *arguments],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
+        )
+        for r in range(processes)
+    ]
 
 
 @pytest.fixture
 def command(make_voc, tiny_clip_file, tmp_path):
     root = make_voc({"train": 5})
-    return lambda out, *more: ["--stage", "rectify", "--data", "voc", "--root", str(root), "--clip", str(tiny_clip_file),
-                               "--device", "cpu", "--crop", "32", "--epochs", "2", "--out", str(tmp_path / out), *more]
+    return lambda out, *more: [
+        "--stage",
+        "rectify",
+        "--data",
+        "voc",
+        "--root",
+        str(root),
+        "--clip",
+        str(tiny_clip_file),
+        "--device",
+        "cpu",
+        "--crop",
+        "32",
+        "--epochs",
+        "2",
+        "--out",
+        str(tmp_path / out),
+        *more,
+    ]
 
 
 def gradients_of_rank(rank, port, file):
@@ -52,34 +83,56 @@ def gradients_of_rank(rank, port, file):
 
 
 def one_step(first, count):
-    """Gradients of Eq. (1)-(5) on `count` of four images, from `first` on, through train.average_gradients."""
+    """Gradients of Eq. (1)-(5) on `count` of four images, from `first` on, through
+    train.average_gradients.
+    """
     from clip_model import load_clip
     from datasets import DATA
+
     torch.manual_seed(0)
     facts = DATA["shapes"]
-    model = ReCLIP(load_clip(facts.clip), facts.classes, prompts=facts.prompts, tau=0.033, tau_1=1e-6).train()
-    Z = model.features(torch.rand(4, 3, 64, 64))      # tau_1: the masks hardly feel the noise, which differs by rank
+    model = ReCLIP(
+        load_clip(facts.clip), facts.classes, prompts=facts.prompts, tau=0.033, tau_1=1e-6
+    ).train()
+    Z = model.features(
+        torch.rand(4, 3, 64, 64)
+    )  # tau_1: the masks hardly feel the noise, which differs by rank
     labels = torch.rand(4, 8) > 0.5
     labels[:, 0] = True
     parts = model.learnable_modules()
     parameters = [p for part in parts.values() for p in part.parameters()]
     torch.manual_seed(7)
     noise = torch.distributions.Gumbel(0, 1).sample((4, 8, 8, 8))
-    original, nn.functional.gumbel_softmax = nn.functional.gumbel_softmax, seeded_masks(noise[first:first + count])
-    Z, labels = Z[first:first + count], labels[first:first + count]
+    original, nn.functional.gumbel_softmax = (
+        nn.functional.gumbel_softmax,
+        seeded_masks(noise[first : first + count]),
+    )
+    Z, labels = Z[first : first + count], labels[first : first + count]
     masks = gumbel_softmax_masks(model.rectify(Z).rectified, model.tau_1)
     pooled = masked_features(Z, masks, model.pool)
     contrastive_loss(pooled, model.W_q, labels, model.tau).backward()
     train.average_gradients(parameters)
     nn.functional.gumbel_softmax = original
-    return {f"{name}.{key}": p.grad for name, part in parts.items() for key, p in part.named_parameters()}
+    return {
+        f"{name}.{key}": p.grad
+        for name, part in parts.items()
+        for key, p in part.named_parameters()
+    }
 
 
 def seeded_masks(noise):
     """Eq. (4) with given noise: pictures keep theirs, however they are dealt to ranks."""
+
     def masks(logits, tau, hard, dim):
-        soft = (1e-5 * logits + noise).softmax(dim)  # a temperature at which the gradient is of ordinary size
-        return torch.zeros_like(soft).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0) + soft - soft.detach()
+        soft = (1e-5 * logits + noise).softmax(
+            dim
+        )  # a temperature at which the gradient is of ordinary size
+        return (
+            torch.zeros_like(soft).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
+            + soft
+            - soft.detach()
+        )
+
     return masks
 
 
@@ -92,7 +145,9 @@ def test_averaged_gradient_of_two_ranks_is_that_of_the_joined_batch(tmp_path):
 
 
 def test_two_ranks_see_different_pictures_write_once_and_resume(command, tmp_path):
-    """5 pictures, 2 epochs, 2 ranks: 5 steps of 2 pictures, uneven to the epoch; rank 0 writes log and checkpoint."""
+    """5 pictures, 2 epochs, 2 ranks: 5 steps of 2 pictures, uneven to the epoch; rank 0 writes
+    log and checkpoint.
+    """
     ranks = torchrun(command("run"))
     ends = [rank.communicate(timeout=240) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], ends
@@ -104,7 +159,9 @@ def test_two_ranks_see_different_pictures_write_once_and_resume(command, tmp_pat
 
 
 def nan_of_one_rank(rank, port, folder):
-    """A gradient that is NaN in process 1 alone; what each process says of the step goes to a file."""
+    """A gradient that is NaN in process 1 alone; what each process says of the step goes to a
+    file.
+    """
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     weight = nn.Parameter(torch.ones(3))
@@ -131,10 +188,14 @@ def test_nan_of_one_rank_ends_both_at_the_same_step(tmp_path):
 
 
 def test_ranks_share_the_stream_without_overlap(monkeypatch, tmp_path):
-    """Five steps of two ranks with three pictures each are the first thirty of the stream, each once."""
+    """Five steps of two ranks with three pictures each are the first thirty of the stream, each
+    once.
+    """
+
     class Stream(torch.utils.data.Dataset):
         def __getitem__(self, s):
             return torch.tensor([s]), "any"
+
     seen = []
     for rank in range(2):
         monkeypatch.setattr(train, "rank_and_world", lambda: (rank, 2))
@@ -157,10 +218,13 @@ def test_a_killed_rank_ends_the_other_with_a_sentence(command, tmp_path):
     _, errors = ranks[0].communicate(timeout=120)
     ranks[1].communicate()
     assert ranks[0].returncode == 1
-    assert "train.py: process 1 failed or lost another one" in errors.splitlines()[-1] and "--resume" in errors
+    assert (
+        "train.py: process 1 failed or lost another one" in errors.splitlines()[-1]
+        and "--resume" in errors
+    )
 
 
 def test_stages_of_one_process_are_refused_under_torchrun(tmp_path):
-    rank, = torchrun(["--stage", "all", "--device", "cpu", "--out", str(tmp_path)], processes=1)
+    (rank,) = torchrun(["--stage", "all", "--device", "cpu", "--out", str(tmp_path)], processes=1)
     _, errors = rank.communicate(timeout=120)
     assert rank.returncode == 1 and "train.py: --stage all is a matter of one process" in errors

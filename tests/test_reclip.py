@@ -1,4 +1,6 @@
-"""reclip.py against independent computations: literal loops over Eq. (1)-(5), closed forms, statistics."""
+"""reclip.py against independent computations: literal loops over Eq. (1)-(5), closed forms,
+statistics.
+"""
 
 import inspect
 import os
@@ -11,9 +13,20 @@ import torch.nn.functional as F
 
 import reclip
 from clip_model import ATTENTIONS, load_clip, normalize_pixels
-from reclip import (PROMPTS, PositionalBias, ReCLIP, ReferencePrompt, bias_logits, contrastive_loss,
-                    gumbel_softmax_masks, image_level_labels, masked_features, query_text_features, rectify_logits,
-                    segmentation_logits)
+from reclip import (
+    PROMPTS,
+    PositionalBias,
+    ReCLIP,
+    ReferencePrompt,
+    bias_logits,
+    contrastive_loss,
+    gumbel_softmax_masks,
+    image_level_labels,
+    masked_features,
+    query_text_features,
+    rectify_logits,
+    segmentation_logits,
+)
 from test_clip_model import encode_prompted_plain
 
 CLASSES = ["cat", "dog", "grass", "tree"]
@@ -26,16 +39,22 @@ def close(a, b, tolerance=1e-10):
 
 @pytest.fixture
 def make_model(clip):
-    """A ReCLIP in float64 on the small CLIP, random W_q (rows of length 1), prompt and batch norms not at their start."""
+    """A ReCLIP in float64 on the small CLIP, random W_q (rows of length 1), prompt and batch
+    norms not at their start.
+    """
+
     def make(seed=0, classes=CLASSES, **settings):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             W_q = F.normalize(torch.randn(len(classes), 12), dim=-1)
             prompt_noise = 0.1 * torch.randn(73, 128)
-            model = ReCLIP(clip.double(), classes, W_q=W_q, **{"prompt_length": 6} | settings).double()
+            model = ReCLIP(
+                clip.double(), classes, W_q=W_q, **{"prompt_length": 6} | settings
+            ).double()
             with torch.no_grad():
-                model.reference.vectors += prompt_noise[:len(model.reference.vectors)]
+                model.reference.vectors += prompt_noise[: len(model.reference.vectors)]
         return model
+
     return make
 
 
@@ -51,14 +70,17 @@ def loss_of(model, Z, labels):
 
 
 def noise_of(seed, logits):
-    """The Gumbel noise that PyTorch draws for these logits: minus the logarithm of exponential samples."""
+    """The Gumbel noise that PyTorch draws for these logits: minus the logarithm of exponential
+    samples.
+    """
     torch.manual_seed(seed)
     return -torch.empty_like(logits).exponential_().log()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sec. 3.1: the Query
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def test_prompts_are_the_published_ones(shared):
     lines = shared("clip/prompt_templates_85.txt").read_text().splitlines()
@@ -67,7 +89,9 @@ def test_prompts_are_the_published_ones(shared):
 
 def test_prompts():
     assert len(PROMPTS) == len(set(PROMPTS)) == 85
-    assert all(prompt.count("{}") == 1 and prompt.format("cat").count("cat") == 1 for prompt in PROMPTS)
+    assert all(
+        prompt.count("{}") == 1 and prompt.format("cat").count("cat") == 1 for prompt in PROMPTS
+    )
     assert {"a photo of a {}.", "itap of my {}.", "this is one {} in the scene."} <= set(PROMPTS)
 
 
@@ -82,20 +106,23 @@ def test_query_text_features(clip):
                 feature = clip.encode_text(clip.tokenize(prompt.replace("{}", synonym)))[0]
                 total += feature / feature.square().sum().sqrt()
         expected.append(total / total.square().sum().sqrt())
-    close(query_text_features(clip, ["cat", "dog | tree", "grass in the scene"], prompts), torch.stack(expected))
+    close(
+        query_text_features(clip, ["cat", "dog | tree", "grass in the scene"], prompts),
+        torch.stack(expected),
+    )
 
 
 def test_query_uses_all_prompts_by_default(clip):
     W_q = ReCLIP(clip, ["cat", "dog"]).W_q
     texts = [[prompt.format(name) for prompt in PROMPTS] for name in ("cat", "dog")]
-    each = torch.stack([clip.encode_text(clip.tokenize(t)) for t in texts])          # (C, 85, D)
+    each = torch.stack([clip.encode_text(clip.tokenize(t)) for t in texts])  # (C, 85, D)
     total = (each / each.square().sum(-1, keepdim=True).sqrt()).sum(1)
     close(W_q, total / total.square().sum(-1, keepdim=True).sqrt(), 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sec. 3.2: the Reference
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 NAMES = ["cat", "dog in scene", "grass of | tree", "this photo of the"]  # 1, 3, 2, 4 tokens
 
@@ -106,17 +133,34 @@ def test_reference_prompt(clip, norm):
     clip = clip.double()
     reference = ReferencePrompt(clip, NAMES, length=5, norm=norm)
     reference.vectors.data += 0.1 * torch.randn_like(reference.vectors)
-    ids = [clip.tokenizer.encode(name) for name in ("cat", "dog in scene", "grass of", "this photo of the")]
+    ids = [
+        clip.tokenizer.encode(name)
+        for name in ("cat", "dog in scene", "grass of", "this photo of the")
+    ]
     assert [len(i) for i in ids] == [1, 3, 2, 4]
     W = encode_prompted_plain(clip, reference.vectors, ids)
-    total = sum(v * v for v in W.flatten()).sqrt() if norm == "frobenius" else W.square().sum(1).sqrt()[:, None]
+    total = (
+        sum(v * v for v in W.flatten()).sqrt()
+        if norm == "frobenius"
+        else W.square().sum(1).sqrt()[:, None]
+    )
     close(reference(clip), W / total)
 
 
-@pytest.mark.parametrize("wanted, context, longest, length", [(73, 77, 2, 73), (73, 77, 4, 71), (73, 60, 4, 54),
-                                                              (73, 77, 1, 73), (9, 77, 2, 9), (9, 10, 3, 5)])
+@pytest.mark.parametrize(
+    "wanted, context, longest, length",
+    [
+        (73, 77, 2, 73),
+        (73, 77, 4, 71),
+        (73, 60, 4, 54),
+        (73, 77, 1, 73),
+        (9, 77, 2, 9),
+        (9, 10, 3, 5),
+    ],
+)
 def test_prompt_length(make_clip, wanted, context, longest, length):
-    # start, L vectors, the longest name and end fill the text: L = min(73, context - 2 - longest name)
+    # start, L vectors, the longest name and end fill the text: L = min(73, context - 2 -
+    # longest name)
     clip = make_clip(context=context)
     name = " ".join("dog in the scene".split()[:longest])  # a token a word
     reference = ReferencePrompt(clip, ["cat", name], wanted)
@@ -126,7 +170,10 @@ def test_prompt_length(make_clip, wanted, context, longest, length):
 
 def test_prompt_starts_as_token_0(clip):
     vectors = ReferencePrompt(clip, CLASSES, 7).vectors
-    assert all(torch.equal(v, clip.token_embedding.weight[0]) for v in vectors) and vectors.requires_grad
+    assert (
+        all(torch.equal(v, clip.token_embedding.weight[0]) for v in vectors)
+        and vectors.requires_grad
+    )
 
 
 def test_name_too_long_for_the_text(make_clip):
@@ -134,9 +181,10 @@ def test_name_too_long_for_the_text(make_clip):
         ReferencePrompt(make_clip(context=6), ["cat", "dog in the scene"])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sec. 3.3: the positional net
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def convolution(weight, x):
     """3x3, a frame of zeros, no bias: (O, I, 3, 3), (I, h, w) -> (O, h, w), one shift at a time."""
@@ -145,7 +193,9 @@ def convolution(weight, x):
     framed[:, 1:-1, 1:-1] = x
     for dy in range(3):
         for dx in range(3):
-            out = out + (weight[:, :, dy, dx] @ framed[:, dy:dy + h, dx:dx + w].flatten(1)).unflatten(1, (h, w))
+            out = out + (
+                weight[:, :, dy, dx] @ framed[:, dy : dy + h, dx : dx + w].flatten(1)
+            ).unflatten(1, (h, w))
     return out
 
 
@@ -157,14 +207,18 @@ def plain_positional(state, x, training, last_relu):
         if training:
             mean, variance = x.mean((1, 2)), x.var((1, 2), unbiased=False)
         scale = state[f"net.{i + 1}.weight"] / (variance + 1e-5).sqrt()
-        x = (x - mean[:, None, None]) * scale[:, None, None] + state[f"net.{i + 1}.bias"][:, None, None]
+        x = (x - mean[:, None, None]) * scale[:, None, None] + state[f"net.{i + 1}.bias"][
+            :, None, None
+        ]
         if i < 6 or last_relu:
             x = torch.where(x > 0, x, 0)
     return x
 
 
 def scrambled(net):
-    """Nothing at its start: weights, biases and running statistics of the batch norms are random."""
+    """Nothing at its start: weights, biases and running statistics of the batch norms are
+    random.
+    """
     for key, value in net.state_dict().items():
         if value.ndim == 1:
             value.copy_(torch.rand_like(value) + (0.5 if "weight" in key or "var" in key else -0.5))
@@ -176,7 +230,9 @@ def test_positional_bias(clip, channels, last_relu):
     net = scrambled(PositionalBias(128, channels, last_relu))
     grid = clip.visual.positional_grid(4, 5).double()
     for training in (True, False):
-        expected = plain_positional(net.state_dict(), grid[0], training, last_relu)  # before the statistics move
+        expected = plain_positional(
+            net.state_dict(), grid[0], training, last_relu
+        )  # before the statistics move
         close(net.train(training)(grid)[0], expected)
     assert (expected.min() >= 0) == last_relu and expected.std() > 0
 
@@ -208,9 +264,10 @@ def test_gain_changes_nothing_but_the_scale():
     torch.testing.assert_close(nets[1](grid), 0.05 * nets[0](grid))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Eq. (2), (3)
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_logits_position_by_position(channels):
@@ -234,10 +291,22 @@ def test_parts_of_the_model(make_model, clip, channels):
     out = model(images)
     dense = clip.encode_image_dense(normalize_pixels(images))
     close(out.features, dense / dense.square().sum(1, keepdim=True).sqrt())
-    close(out.query, torch.stack([torch.tensordot(z, model.W_q, ([0], [1])).permute(2, 0, 1) for z in out.features]))
+    close(
+        out.query,
+        torch.stack(
+            [torch.tensordot(z, model.W_q, ([0], [1])).permute(2, 0, 1) for z in out.features]
+        ),
+    )
     W_r = encode_prompted_plain(clip, model.reference.vectors, model.reference.name_tokens)
-    close(out.reference, torch.stack([torch.tensordot(z, W_r / W_r.norm(), ([0], [1])).permute(2, 0, 1)
-                                      for z in out.features]))
+    close(
+        out.reference,
+        torch.stack(
+            [
+                torch.tensordot(z, W_r / W_r.norm(), ([0], [1])).permute(2, 0, 1)
+                for z in out.features
+            ]
+        ),
+    )
     M_p = torch.zeros(1, 4, 5, dtype=torch.float64)
     if channels != 0:
         state = {k: v for k, v in model.positional.state_dict().items()}
@@ -272,7 +341,10 @@ def test_learnable_query(make_model, clip):
     model.query.vectors.data += 0.1 * torch.randn_like(model.query.vectors)
     out = model.eval()(images)
     W = encode_prompted_plain(clip, model.query.vectors, model.query.name_tokens)
-    close(out.query, torch.einsum("bdhw,cd->bchw", out.features, W / W.square().sum(1, keepdim=True).sqrt()))
+    close(
+        out.query,
+        torch.einsum("bdhw,cd->bchw", out.features, W / W.square().sum(1, keepdim=True).sqrt()),
+    )
     close(out.rectified, out.query - out.reference)
     close(out.reference, make_model().eval()(images).reference)
     assert torch.equal(model.W_q, make_model().W_q)  # the same seed's, given from outside
@@ -280,14 +352,18 @@ def test_learnable_query(make_model, clip):
 
 
 def test_queries_that_start_alike_differ_in_scale(clip):
-    out = ReCLIP(clip, CLASSES, W_q=torch.eye(4, 12), prompt_length=5, query_learnable=True).eval()(pictures().float())
+    out = ReCLIP(clip, CLASSES, W_q=torch.eye(4, 12), prompt_length=5, query_learnable=True).eval()(
+        pictures().float()
+    )
     ratio = out.query / out.reference  # |W_r| = 1 as a whole, about 1 / 2 a row
     assert ratio.std(dim=(0, 2, 3)).max() < 1e-3 and 1.5 < ratio.mean() < 2.5
 
 
 def test_a_positional_logit_shared_by_all_classes_does_nothing(make_model):
     # Eq. 2 as printed: it cancels in argmax, in the Gumbel masks, in the loss, in every gradient
-    without, shared, per_class = (make_model(positional_channels=c, tau_1=0.05).train() for c in (0, 1, None))
+    without, shared, per_class = (
+        make_model(positional_channels=c, tau_1=0.05).train() for c in (0, 1, None)
+    )
     images, labels = pictures(), torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1]]).bool()
     losses, masks = [], []
     for model in (without, shared, per_class):
@@ -303,13 +379,19 @@ def test_a_positional_logit_shared_by_all_classes_does_nothing(make_model):
     gradients = [m.reference.vectors.grad for m in (without, shared)]
     assert gradients[0].abs().max() > 1e-5
     close(gradients[0], gradients[1], 1e-9 * gradients[0].abs().max().item())
-    size = [max(p.grad.abs().max().item() for p in m.positional.parameters()) for m in (shared, per_class)]
-    assert size[0] < 1e-9 * size[1] and size[1] > 1e-5  # with a channel a class there is something to learn
+    size = [
+        max(p.grad.abs().max().item() for p in m.positional.parameters())
+        for m in (shared, per_class)
+    ]
+    assert (
+        size[0] < 1e-9 * size[1] and size[1] > 1e-5
+    )  # with a channel a class there is something to learn
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Eq. (4)
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def test_gumbel_masks_forward():
     # one-hot along classes, at the argmax of M / tau_1 + noise
@@ -324,7 +406,8 @@ def test_gumbel_masks_forward():
 
 
 def test_gumbel_masks_backward():
-    # straight-through: d mask_i / d M_j is that of softmax(M / tau_1 + g), p_i (delta_ij - p_j) / tau_1
+    # straight-through: d mask_i / d M_j is that of softmax(M / tau_1 + g), p_i (delta_ij - p_j)
+    # / tau_1
     M = (torch.randn(2, 4, 3, 5, dtype=torch.float64) * 0.002).requires_grad_()
     g, weight = noise_of(7, M.detach()), torch.randn(2, 4, 3, 5, dtype=torch.float64)
     torch.manual_seed(7)
@@ -333,8 +416,10 @@ def test_gumbel_masks_backward():
     p = e / e.sum(1, keepdim=True)
     expected = torch.zeros_like(p)
     for b, j, y, x in np.ndindex(2, 4, 3, 5):
-        expected[b, j, y, x] = sum(weight[b, i, y, x] * p[b, i, y, x] * (float(i == j) - p[b, j, y, x]) / 0.002
-                                   for i in range(4))
+        expected[b, j, y, x] = sum(
+            weight[b, i, y, x] * p[b, i, y, x] * (float(i == j) - p[b, j, y, x]) / 0.002
+            for i in range(4)
+        )
     close(M.grad, expected)
 
 
@@ -348,15 +433,20 @@ def test_gumbel_masks_are_samples_of_the_softmax():
     assert (error < 4 * np.sqrt(p * (1 - p) / draws)).all()  # four standard deviations
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Image-level labels, Eq. (5)
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def test_image_level_labels():
-    similarity = torch.tensor([[24.0, 22.0, 23.5, 1.0],    # two pass
-                               [10.0, 22.0, 21.0, 22.9],   # none passes: the two best
-                               [23.0, 1.0, 2.0, 3.0],      # equal to the threshold is not above it
-                               [1.0, 2.0, 30.0, 3.0]])     # one passes: no second one is added
+    similarity = torch.tensor(
+        [
+            [24.0, 22.0, 23.5, 1.0],  # two pass
+            [10.0, 22.0, 21.0, 22.9],  # none passes: the two best
+            [23.0, 1.0, 2.0, 3.0],  # equal to the threshold is not above it
+            [1.0, 2.0, 30.0, 3.0],
+        ]
+    )  # one passes: no second one is added
     expected = [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 0]]
     assert image_level_labels(similarity, 23, 2).int().tolist() == expected
     assert image_level_labels(similarity, 99, 7).all()  # top_k above C: all classes
@@ -368,12 +458,14 @@ def test_image_labels(make_model, clip):
     model, thumbnails = make_model(), pictures(3, 12, 12)
     similarity = torch.empty(3, 4, dtype=torch.float64)
     for b, c in np.ndindex(3, 4):
-        v = clip.encode_image(normalize_pixels(thumbnails[b:b + 1]))[0]
+        v = clip.encode_image(normalize_pixels(thumbnails[b : b + 1]))[0]
         similarity[b, c] = 100 * (v * model.W_q[c]).sum() / v.square().sum().sqrt()
     close(model.image_similarity(thumbnails), similarity)
     threshold = similarity.flatten().sort().values[5].item() + 1e-6
     for b in range(3):
-        passing = [c for c in range(4) if similarity[b, c] > threshold] or [int(similarity[b].argmax())]
+        passing = [c for c in range(4) if similarity[b, c] > threshold] or [
+            int(similarity[b].argmax())
+        ]
         assert model.image_labels(thumbnails, threshold, 1)[b].nonzero()[:, 0].tolist() == passing
 
 
@@ -383,14 +475,18 @@ def slow_pool(Z, masks, pool):
     for b, c in np.ndindex(B, C):
         area = float(masks[b, c].sum())
         for y, x in np.ndindex(h, w):
-            pooled[b, c] += masks[b, c, y, x] * Z[b, :, y, x] / (h * w if pool == "global" else max(area, 1.0))
+            pooled[b, c] += (
+                masks[b, c, y, x] * Z[b, :, y, x] / (h * w if pool == "global" else max(area, 1.0))
+            )
     return pooled
 
 
 @pytest.mark.parametrize("pool", ["global", "mask"])
 def test_masked_features(pool):
     Z = torch.randn(2, 6, 3, 5, dtype=torch.float64)
-    masks = F.one_hot(torch.randint(0, 3, (2, 3, 5)), 4).permute(0, 3, 1, 2).double()  # class 3 has no patch
+    masks = (
+        F.one_hot(torch.randint(0, 3, (2, 3, 5)), 4).permute(0, 3, 1, 2).double()
+    )  # class 3 has no patch
     pooled = masked_features(Z, masks, pool)
     close(pooled, slow_pool(Z, masks, pool))
     assert pooled[:, 3].abs().max() == 0
@@ -409,7 +505,8 @@ def slow_loss(pooled, W_q, labels, tau):
 
 
 def test_contrastive_loss():
-    # Eq. 5 as printed: only the K classes found count, against all C texts; K differs between the pictures
+    # Eq. 5 as printed: only the K classes found count, against all C texts; K differs between
+    # the pictures
     pooled, W_q = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     labels = torch.tensor([[True, False, True, True], [False, True, False, False]])
     close(contrastive_loss(pooled, W_q, labels, 0.3), slow_loss(pooled, W_q, labels, 0.3))
@@ -418,15 +515,22 @@ def test_contrastive_loss():
     close(contrastive_loss(changed, W_q, labels, 0.3), contrastive_loss(pooled, W_q, labels, 0.3))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All of it
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 LABELS = torch.tensor([[True, False, True, True], [False, True, False, False]])
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(pool="mask", tau=0.02, tau_1=0.01, reference_norm="class"),
-                                      dict(subtract=False), dict(query_learnable=True)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(pool="mask", tau=0.02, tau_1=0.01, reference_norm="class"),
+        dict(subtract=False),
+        dict(query_learnable=True),
+    ],
+)
 def test_loss_from_beginning_to_end(make_model, clip, settings):
     # Eq. 1-5 by the loops above, with the same noise
     clip.logit_scale.data.fill_(np.log(1 / 0.05))
@@ -434,18 +538,28 @@ def test_loss_from_beginning_to_end(make_model, clip, settings):
     M, Z = model(images).rectified.detach(), model(images).features
     torch.manual_seed(5)
     loss = loss_of(model, model.features(images), LABELS)
-    tau_1, tau = settings.get("tau_1", 0.001), settings.get("tau", 0.05)  # tau: 1 / exp(logit scale)
+    tau_1, tau = (
+        settings.get("tau_1", 0.001),
+        settings.get("tau", 0.05),
+    )  # tau: 1 / exp(logit scale)
     best = (M / tau_1 + noise_of(5, M)).argmax(1)
     masks = torch.stack([(best == c).double() for c in range(4)], dim=1)
-    expected = slow_loss(slow_pool(Z, masks, settings.get("pool", "global")), model.W_q, LABELS, tau)
+    expected = slow_loss(
+        slow_pool(Z, masks, settings.get("pool", "global")), model.W_q, LABELS, tau
+    )
     close(loss.detach(), expected, 1e-6)
 
 
 def test_loss_of_a_batch_is_the_mean_over_pictures(make_model, monkeypatch):
     model, images = make_model().train(), pictures()
-    monkeypatch.setattr(reclip, "gumbel_softmax_masks",  # no noise
-                        lambda M, tau_1: F.one_hot(M.argmax(1), 4).permute(0, 3, 1, 2).double())
-    single = [loss_of(model, model.features(images[i:i + 1]), LABELS[i:i + 1]) for i in range(2)]
+    monkeypatch.setattr(
+        reclip,
+        "gumbel_softmax_masks",  # no noise
+        lambda M, tau_1: F.one_hot(M.argmax(1), 4).permute(0, 3, 1, 2).double(),
+    )
+    single = [
+        loss_of(model, model.features(images[i : i + 1]), LABELS[i : i + 1]) for i in range(2)
+    ]
     close(loss_of(model, model.features(images), LABELS), (single[0] + single[1]) / 2)
     assert (single[0] - single[1]).abs() > 1e-6
 
@@ -460,11 +574,19 @@ def test_only_what_is_learnt_gets_gradients(make_model):
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
     assert not model.features(pictures().requires_grad_()).requires_grad
     assert not model.W_q.requires_grad and "W_q" in model.state_dict()
-    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"reference", "positional"}
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {
+        "reference",
+        "positional",
+    }
 
 
-@pytest.mark.parametrize("settings, parts", [(dict(query_learnable=True), {"query", "reference", "positional"}),
-                                             (dict(subtract=False), {"reference", "positional"})])
+@pytest.mark.parametrize(
+    "settings, parts",
+    [
+        (dict(query_learnable=True), {"query", "reference", "positional"}),
+        (dict(subtract=False), {"reference", "positional"}),
+    ],
+)
 def test_gradients_of_the_ablations(make_model, settings, parts):
     model = make_model(tau_1=0.05, **settings).train()
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -523,7 +645,11 @@ def test_eval_forgets_after_training(make_model):
     close(new.reference, torch.einsum("bdhw,cd->bchw", new.features, W_r / W_r.norm()))
     grid = model.clip.visual.positional_grid(4, 5)[0]
     close(new.positional[0], plain_positional(model.positional.state_dict(), grid, False, True))
-    assert (new.reference - old.reference).abs().max() > 1e-4 < (new.positional - old.positional).abs().max()
+    assert (
+        (new.reference - old.reference).abs().max()
+        > 1e-4
+        < (new.positional - old.positional).abs().max()
+    )
 
 
 def test_eval_computes_texts_once(make_model, clip, monkeypatch):
@@ -542,7 +668,10 @@ def test_each_size_of_picture_has_its_own_positional_logits(make_model):
     for size in ((13, 18), (18, 13), (13, 18)):
         h, w = -(-size[0] // 4), -(-size[1] // 4)
         grid = model.clip.visual.positional_grid(h, w)[0]
-        close(model(pictures(1, *size)).positional[0], plain_positional(model.positional.state_dict(), grid, False, True))
+        close(
+            model(pictures(1, *size)).positional[0],
+            plain_positional(model.positional.state_dict(), grid, False, True),
+        )
 
 
 def test_eval_uses_running_statistics_and_moves_nothing(make_model):
@@ -558,17 +687,28 @@ def test_clip_stays_in_eval_mode(make_model):
     assert not any(m.training for m in make_model().train().clip.modules())
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Saving and loading
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def saved(clip, merges, tmp_path):
     """A trained-looking model on a CLIP from a file, saved: (path, model)."""
     torch.save({"state_dict": clip.state_dict(), "merges": merges}, tmp_path / "clip.pt")
-    model = ReCLIP(load_clip(tmp_path / "clip.pt"), ["cat | dog", "grass", "tree"], prompt_length=5, tau=0.03,
-                   reference_norm="class", positional_channels=1, positional_last_relu=False, tau_1=0.01, pool="mask",
-                   positional_gain=0.3, W_q=F.normalize(torch.randn(3, 12), dim=-1))
+    model = ReCLIP(
+        load_clip(tmp_path / "clip.pt"),
+        ["cat | dog", "grass", "tree"],
+        prompt_length=5,
+        tau=0.03,
+        reference_norm="class",
+        positional_channels=1,
+        positional_last_relu=False,
+        tau_1=0.01,
+        pool="mask",
+        positional_gain=0.3,
+        W_q=F.normalize(torch.randn(3, 12), dim=-1),
+    )
     model.reference.vectors.data += 0.1 * torch.randn_like(model.reference.vectors)
     model.train()(pictures().float())  # moves the running statistics
     model.save(tmp_path / "model.pt")
@@ -580,14 +720,25 @@ def test_save_and_load(saved, given):
     path, model = saved
     loaded, images = ReCLIP.load(path, model.clip if given else None), pictures().float()
     assert not loaded.training and loaded.class_names == model.class_names
-    assert (loaded.tau, loaded.tau_1, loaded.pool, loaded.settings) == (0.03, 0.01, "mask", model.settings)
+    assert (loaded.tau, loaded.tau_1, loaded.pool, loaded.settings) == (
+        0.03,
+        0.01,
+        "mask",
+        model.settings,
+    )
     assert loaded.settings["positional_gain"] == 0.3 and loaded.settings["prompt_length"] == 5
     for a, b in zip(loaded(images), model(images)):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("settings", [dict(attention="naclip"), dict(query_learnable=True, positional_channels=0),
-                                      dict(subtract=False)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(attention="naclip"),
+        dict(query_learnable=True, positional_channels=0),
+        dict(subtract=False),
+    ],
+)
 def test_save_and_load_of_the_ablations(make_model, clip, tmp_path, settings):
     model, images = make_model(**settings).float(), pictures().float()
     with torch.no_grad():
@@ -603,7 +754,9 @@ def test_save_and_load_of_the_ablations(make_model, clip, tmp_path, settings):
 
 def test_settings_name_each_argument(make_model):
     # a new argument of the constructor that save forgot would be lost on the way
-    arguments = {name for name, p in inspect.signature(ReCLIP).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    arguments = {
+        name for name, p in inspect.signature(ReCLIP).parameters.items() if p.kind is p.KEYWORD_ONLY
+    }
     assert make_model().settings.keys() == arguments - {"prompts", "W_q"}
 
 
@@ -633,7 +786,8 @@ def test_files_with_the_constant_bias_of_earlier_versions(saved):
 
 
 def test_cached_texts_follow_a_move(make_model):
-    # a model that has run in eval mode keeps W_r and M_p; .float() and .double() must not leave them
+    # a model that has run in eval mode keeps W_r and M_p; .float() and .double() must not leave
+    # them
     model, images = make_model().eval(), pictures()
     before = model(images)
     after = model.float()(images.float())
@@ -690,7 +844,7 @@ def test_another_clip_is_refused(saved, make_clip):
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.98])
 def test_truncated_model(saved, share):
     path, model = saved
-    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(ValueError, match="model.pt") as caught:
         ReCLIP.load(path, model.clip)
     assert "\n" not in str(caught.value)
@@ -698,6 +852,7 @@ def test_truncated_model(saved, share):
 
 class Hostile:
     """Unpickled without care, it runs a shell command."""
+
     def __init__(self, sentinel):
         self.sentinel = sentinel
 
@@ -725,11 +880,17 @@ def test_files_that_hold_no_model(saved, tmp_path):
         ReCLIP.load(tmp_path / "nothing.pt")
 
 
-@pytest.mark.parametrize("classes, settings, word", [
-    (["cat", "dog", "cat"], {}, "'cat', 'dog', 'cat'"), (["cat"], {}, "two or more"), (["cat", "dog"], {"pool": "max"}, "max"),
-    (["cat", "dog"], {"reference_norm": "rows"}, "rows"),
-    (["cat", "dog"], {"attention": "naklip"}, "naklip.*maskclip, sclip, clearclip, naclip"),
-    (["cat", "dog"], {"query_learnable": True, "prompt_length": 0}, "prompt_length")])
+@pytest.mark.parametrize(
+    "classes, settings, word",
+    [
+        (["cat", "dog", "cat"], {}, "'cat', 'dog', 'cat'"),
+        (["cat"], {}, "two or more"),
+        (["cat", "dog"], {"pool": "max"}, "max"),
+        (["cat", "dog"], {"reference_norm": "rows"}, "rows"),
+        (["cat", "dog"], {"attention": "naklip"}, "naklip.*maskclip, sclip, clearclip, naclip"),
+        (["cat", "dog"], {"query_learnable": True, "prompt_length": 0}, "prompt_length"),
+    ],
+)
 def test_unfit_arguments(clip, classes, settings, word):
     with pytest.raises(ValueError, match=word):
         ReCLIP(clip, classes, W_q=torch.zeros(len(classes), 12), **settings)
@@ -737,7 +898,10 @@ def test_unfit_arguments(clip, classes, settings, word):
 
 def test_a_clip_of_exact_gelu_is_loaded_as_such(make_clip, merges, tmp_path):
     # LAION's CLIPs: the file does not tell, so the checkpoint must
-    torch.save({"state_dict": make_clip().state_dict(), "merges": [list(pair) for pair in merges]}, tmp_path / "c.pt")
+    torch.save(
+        {"state_dict": make_clip().state_dict(), "merges": [list(pair) for pair in merges]},
+        tmp_path / "c.pt",
+    )
     clip = load_clip(tmp_path / "c.pt", quick_gelu=False)
     model = ReCLIP(clip, ["cat", "dog"], prompts=["a {}"]).eval()
     model.save(tmp_path / "r.pt")

@@ -19,8 +19,25 @@ from reclip import ReCLIP
 def command(make_voc, tiny_clip_file, tmp_path):
     """train.py's arguments for a small VOC; `out` and more options are appended."""
     root = make_voc({"train": 4})
-    return lambda out, *more: ["--stage", "rectify", "--data", "voc", "--root", str(root), "--clip", str(tiny_clip_file),
-                               "--device", "cpu", "--crop", "32", "--epochs", "3", "--out", str(tmp_path / out), *more]
+    return lambda out, *more: [
+        "--stage",
+        "rectify",
+        "--data",
+        "voc",
+        "--root",
+        str(root),
+        "--clip",
+        str(tiny_clip_file),
+        "--device",
+        "cpu",
+        "--crop",
+        "32",
+        "--epochs",
+        "3",
+        "--out",
+        str(tmp_path / out),
+        *more,
+    ]
 
 
 def learnt(folder):
@@ -35,6 +52,7 @@ def fail_at(monkeypatch, step, effect, name="contrastive_loss"):
         calls.append(1)
         value = loss(*arguments, **more)
         return effect(value) if len(calls) == step else value
+
     monkeypatch.setattr(train, name, counted)
 
 
@@ -43,7 +61,9 @@ def interrupt(loss):
 
 
 def test_resumed_run_equals_uninterrupted_one(command, tmp_path, monkeypatch):
-    """Stopped in the middle of the second epoch: after --resume, weights, log and order are equal to the bit."""
+    """Stopped in the middle of the second epoch: after --resume, weights, log and order are
+    equal to the bit.
+    """
     train.main(command("whole"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         fail_at(patch, 7, interrupt)
@@ -57,11 +77,14 @@ def test_resumed_run_equals_uninterrupted_one(command, tmp_path, monkeypatch):
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 13
     other = command("other", "--seed", "1")
     train.main(other)
-    assert not torch.equal(learnt(tmp_path / "other")["reference.vectors"], whole["reference.vectors"])
+    assert not torch.equal(
+        learnt(tmp_path / "other")["reference.vectors"], whole["reference.vectors"]
+    )
 
 
 def test_a_signal_behind_the_save_counts_for_the_next_step(tmp_path):
     """Else the step that is running then would end unsaved, and one of several processes alone."""
+
     class Stream(torch.utils.data.Dataset):
         def __getitem__(self, s):
             return torch.tensor([s]), "any"
@@ -109,8 +132,14 @@ def test_resume_refuses_other_settings_and_lists_them(command, tmp_path):
         train.main(command("run", "--resume", "--lr", "0.5", "--pool", "mask"))
 
 
-@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:500]),
-                                    lambda p: p.write_text("hello")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: p.unlink(),
+        lambda p: p.write_bytes(p.read_bytes()[:500]),
+        lambda p: p.write_text("hello"),
+    ],
+)
 def test_resume_without_a_good_state(command, tmp_path, damage):
     train.main(command("run", "--epochs", "1"))
     damage(tmp_path / "run" / "rectify_state.pt")
@@ -128,7 +157,9 @@ def test_pseudo_labels_are_kept_by_name_and_made_anew_for_other_settings(command
     split = train.open_split("voc", tmp_path, "train")
     for thumbnail, name in train.Thumbnails(split, model.clip.input_resolution):
         similarity = model.image_similarity(thumbnail[None])[0]
-        expected = [c for c in range(20) if similarity[c] > 23] or sorted(similarity.topk(2).indices.tolist())
+        expected = [c for c in range(20) if similarity[c] > 23] or sorted(
+            similarity.topk(2).indices.tolist()
+        )
         assert content["labels"][name] == expected
     content["labels"] = {name: [3] for name in content["labels"]}
     path.write_text(json.dumps(content))
@@ -136,7 +167,9 @@ def test_pseudo_labels_are_kept_by_name_and_made_anew_for_other_settings(command
     assert json.loads(path.read_text()) == content  # same settings: read, not computed
     train.main(command("run", "--epochs", "1", "--top_k", "1", "--threshold", "99"))
     labels = json.loads(path.read_text())["labels"]
-    assert [len(found) for found in labels.values()] == [1] * 4 and json.loads(path.read_text()) != content
+    assert [len(found) for found in labels.values()] == [1] * 4 and json.loads(
+        path.read_text()
+    ) != content
 
 
 def test_learning_rate_follows_the_poly_rule(command, tmp_path):
@@ -144,7 +177,8 @@ def test_learning_rate_follows_the_poly_rule(command, tmp_path):
     train.main(command("run"))
     rows = list(csv.DictReader((tmp_path / "run" / "rectify_log.csv").open()))
     assert [float(row["lr"]) for row in rows] == pytest.approx(
-        [0.01 * (1 - (step // 4) / 200) ** 0.9 for step in range(12)], rel=1e-5)
+        [0.01 * (1 - (step // 4) / 200) ** 0.9 for step in range(12)], rel=1e-5
+    )
 
 
 def settings_of(arguments):
@@ -155,8 +189,21 @@ def settings_of(arguments):
 def test_the_learning_rate_of_distillation_has_a_floor(command, tmp_path):
     """0.01 (1 - epoch / epochs) ** 0.9, never below the floor (released: 1e-4)."""
     train.main(command("run", "--epochs", "1"))
-    arguments = command("run", "--epochs", "4", "--distill-lr-floor", "0.004", "--student", "tiny",
-                        "--backbone-weights", "none", "--distill-crop", "32", "--distill-batch", "2")
+    arguments = command(
+        "run",
+        "--epochs",
+        "4",
+        "--distill-lr-floor",
+        "0.004",
+        "--student",
+        "tiny",
+        "--backbone-weights",
+        "none",
+        "--distill-crop",
+        "32",
+        "--distill-batch",
+        "2",
+    )
     train.main(["--stage", "distill", *arguments[2:]])
     rows = list(csv.DictReader((tmp_path / "run" / "distill_log.csv").open()))
     expected = [max(0.004, 0.01 * (1 - (step // 2) / 4) ** 0.9) for step in range(8)]
@@ -169,8 +216,10 @@ def test_the_threshold_reaches_the_labels(make_voc, tiny_clip_file, tmp_path):
     split = train.open_split("voc", make_voc({"train": 4}), "train")
     facts, clip = DATA["voc"], train.load_clip(tiny_clip_file)
     model = train.new_reclip(clip, facts, train.SETTINGS["voc"], seed=0)
-    similarity = {name: model.image_similarity(thumbnail[None])[0]
-                  for thumbnail, name in train.Thumbnails(split, clip.input_resolution)}
+    similarity = {
+        name: model.image_similarity(thumbnail[None])[0]
+        for thumbnail, name in train.Thumbnails(split, clip.input_resolution)
+    }
     values = torch.stack(list(similarity.values())).flatten().sort().values
     threshold = (values[-12] + values[-11]).item() / 2  # of 80 pairs 11 are above
     settings = dataclasses.replace(train.SETTINGS["voc"], threshold=threshold, top_k=1)
@@ -183,13 +232,29 @@ def test_the_threshold_reaches_the_labels(make_voc, tiny_clip_file, tmp_path):
 
 
 def test_every_setting_is_an_option():
-    settings = settings_of(["--data", "voc", "--no-flip", "--positional_channels", "1", "--tau", "0.02", "--pool", "mask"])
-    assert settings == dataclasses.replace(train.SETTINGS["voc"], flip=False, positional_channels=1, tau=0.02,
-                                                pool="mask")
+    settings = settings_of(
+        [
+            "--data",
+            "voc",
+            "--no-flip",
+            "--positional_channels",
+            "1",
+            "--tau",
+            "0.02",
+            "--pool",
+            "mask",
+        ]
+    )
+    assert settings == dataclasses.replace(
+        train.SETTINGS["voc"], flip=False, positional_channels=1, tau=0.02, pool="mask"
+    )
     assert settings_of(["--stage", "rectify", "--data", "voc"]) == train.Settings()
-    hyphens = settings_of(["--data", "voc", "--positional-channels", "1", "--no-positional-last-relu"])
+    hyphens = settings_of(
+        ["--data", "voc", "--positional-channels", "1", "--no-positional-last-relu"]
+    )
     underscores = settings_of(
-        ["--data", "voc", "--positional_channels", "1", "--no-positional_last_relu"])
+        ["--data", "voc", "--positional_channels", "1", "--no-positional_last_relu"]
+    )
     assert hyphens == underscores and hyphens.positional_channels == 1
 
 
@@ -199,7 +264,11 @@ def test_help_shows_defaults_and_sources(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(train.Settings):
         assert f"--{field.name}" in text
-    assert "learning rate of SGD (Sec. 4.1) [voc 0.01, context 0.01, ade20k 0.01, own 0.01, shapes 0.2]" in text
+    assert (
+        "learning rate of SGD (Sec. 4.1) [voc 0.01, context 0.01, ade20k 0.01, own 0.01, "
+        "shapes 0.2]"
+        in text
+    )
 
 
 @pytest.mark.parametrize("options", [["--no_such_flag"], ["--stage", "dance"], ["--lr", "fast"]])
@@ -210,10 +279,23 @@ def test_unknown_options_end_at_once(options, capsys):
 
 
 def test_all_stages_on_shapes_end_in_a_table_and_resume(tmp_path, monkeypatch, capsys):
-    """The default command, shortened; stopped inside distillation, it goes on with --resume and skips what is done."""
-    command = ["--device", "cpu", "--out", str(tmp_path), "--rectify_epochs", "1", "--distill_epochs", "1"]
+    """The default command, shortened; stopped inside distillation, it goes on with --resume and
+    skips what is done.
+    """
+    command = [
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--rectify_epochs",
+        "1",
+        "--distill_epochs",
+        "1",
+    ]
     fail_at(monkeypatch, 3, interrupt, "distillation_loss")
-    monkeypatch.setitem(train.SETTINGS, "shapes", dataclasses.replace(train.SETTINGS["shapes"], distill_batch=256))
+    monkeypatch.setitem(
+        train.SETTINGS, "shapes", dataclasses.replace(train.SETTINGS["shapes"], distill_batch=256)
+    )
     monkeypatch.setitem(DATA, "shapes", dataclasses.replace(DATA["shapes"], splits=("val",)))
     with pytest.raises(KeyboardInterrupt):
         train.main(command)
@@ -221,8 +303,17 @@ def test_all_stages_on_shapes_end_in_a_table_and_resume(tmp_path, monkeypatch, c
     train.main([*command, "--resume"])
     assert (tmp_path / "rectify.pt").read_bytes() == before
     lines = capsys.readouterr().out.splitlines()
-    rows = {line[:30].strip(): float(line.split()[-1]) for line in lines if line.startswith(("  MaskCLIP", "  +", "  distilled"))}
-    assert list(rows) == ["MaskCLIP (Query only)", "+ Reference", "+ Reference + positional", "distilled"]
+    rows = {
+        line[:30].strip(): float(line.split()[-1])
+        for line in lines
+        if line.startswith(("  MaskCLIP", "  +", "  distilled"))
+    }
+    assert list(rows) == [
+        "MaskCLIP (Query only)",
+        "+ Reference",
+        "+ Reference + positional",
+        "distilled",
+    ]
     for stage in ("clip", "rectify", "distill"):
         report = json.loads((tmp_path / f"eval_{stage}.json").read_text())
         assert (tmp_path / f"eval_{stage}.png").is_file() and report["protocol"]["pictures"] == 300
@@ -231,20 +322,44 @@ def test_all_stages_on_shapes_end_in_a_table_and_resume(tmp_path, monkeypatch, c
 
 def test_distillation_refuses_a_teacher_of_other_classes(command, tmp_path):
     train.main(command("run", "--epochs", "1"))
-    with pytest.raises(ValueError, match="rectify.pt was learnt for other classes than shapes's: airplane, "):
+    with pytest.raises(
+        ValueError, match="rectify.pt was learnt for other classes than shapes's: airplane, "
+    ):
         train.main(["--stage", "distill", "--device", "cpu", "--out", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--data", "cityscapes"], "--data cityscapes is neither a folder"), (["--stage", "all", "--data", ".", "--classes",
-                                                                            "a, b"], "--stage all evaluates"),
-    (["--rectify_batch", "0"], "rectify_batch is 0"), (["--epochs", "-1"], "rectify_epochs is -1"),
-    (["--split", "nonsense"], "--split nonsense"), (["--device", "cuda:99"], "--device cuda:99"),
-    (["--stage", "pretrain"], "python tests/pretrain.py"), (["--stage", "paper"], "python tests/paper.py"),
-    (["--stage", "rectify", "--prompt_length", "0", "--positional_channels", "0"], "nothing to learn"),
-    (["--stage", "rectify", "--clip", "nothing.pt"], "nothing.pt"),
-    (["--stage", "rectify", "--data", "voc", "--root", "nowhere", "--clip", "shapes_clip.pt"], "nowhere/VOCdevkit/VOC2012/.* is missing"),
-    (["--stage", "distill"], "learn one first, with python train.py --stage rectify")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--data", "cityscapes"], "--data cityscapes is neither a folder"),
+        (["--stage", "all", "--data", ".", "--classes", "a, b"], "--stage all evaluates"),
+        (["--rectify_batch", "0"], "rectify_batch is 0"),
+        (["--epochs", "-1"], "rectify_epochs is -1"),
+        (["--split", "nonsense"], "--split nonsense"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--stage", "pretrain"], "python tests/pretrain.py"),
+        (["--stage", "paper"], "python tests/paper.py"),
+        (
+            ["--stage", "rectify", "--prompt_length", "0", "--positional_channels", "0"],
+            "nothing to learn",
+        ),
+        (["--stage", "rectify", "--clip", "nothing.pt"], "nothing.pt"),
+        (
+            [
+                "--stage",
+                "rectify",
+                "--data",
+                "voc",
+                "--root",
+                "nowhere",
+                "--clip",
+                "shapes_clip.pt",
+            ],
+            "nowhere/VOCdevkit/VOC2012/.* is missing",
+        ),
+        (["--stage", "distill"], "learn one first, with python train.py --stage rectify"),
+    ],
+)
 def test_bad_input_ends_in_one_sentence(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(train.Path(train.__file__).parent)
     with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
@@ -252,17 +367,32 @@ def test_bad_input_ends_in_one_sentence(options, words, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_distillation_resumes_to_the_bit_without_labels_and_knows_its_teacher(command, tmp_path, monkeypatch):
-    """On files, label folder gone: stopped and resumed equals uninterrupted; the teacher stays as it was; a state made
-    with one teacher is refused under another."""
+def test_distillation_resumes_to_the_bit_without_labels_and_knows_its_teacher(
+    command, tmp_path, monkeypatch
+):
+    """On files, label folder gone: stopped and resumed equals uninterrupted; the teacher stays
+    as it was; a state made with one teacher is refused under another.
+    """
     shutil.rmtree(tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass")
     train.main(command("teacher", "--epochs", "1"))
     teacher = str(tmp_path / "teacher" / "rectify.pt")
     before = ReCLIP.load(teacher).fingerprint()
 
     def distill(out, *more):
-        arguments = command(out, "--teacher", teacher, "--student", "tiny", "--backbone_weights", "none", "--distill_crop",
-                            "32", "--distill_batch", "2", *more)
+        arguments = command(
+            out,
+            "--teacher",
+            teacher,
+            "--student",
+            "tiny",
+            "--backbone_weights",
+            "none",
+            "--distill_crop",
+            "32",
+            "--distill_batch",
+            "2",
+            *more,
+        )
         train.main(["--stage", "distill", *arguments[2:]])
         return torch.load(tmp_path / out / "distill.pt", weights_only=True)["student"]
 
@@ -280,10 +410,14 @@ def test_distillation_resumes_to_the_bit_without_labels_and_knows_its_teacher(co
 
 
 def test_cache_keeps_decoded_pictures_and_says_their_size(command, tmp_path, monkeypatch, capsys):
-    """Three epochs of 4 pictures, four readings for the estimate of the size, four for the pseudo-labels: kept, each file
-    is decoded once; not kept, for every use. What is learnt is the same."""
+    """Three epochs of 4 pictures, four readings for the estimate of the size, four for the
+    pseudo-labels: kept, each file is decoded once; not kept, for every use. What is learnt is
+    the same.
+    """
     decoded, read = [], datasets.read_image
-    monkeypatch.setattr(datasets, "read_image", lambda path, *more: decoded.append(path) or read(path, *more))
+    monkeypatch.setattr(
+        datasets, "read_image", lambda path, *more: decoded.append(path) or read(path, *more)
+    )
     train.main(command("kept"))
     assert len(decoded) == len(set(decoded)) + 4  # the estimate comes before the decision
     said = capsys.readouterr().out

@@ -1,7 +1,9 @@
-"""What must not break: runs that are killed, stopped or short of disk, and files made to do harm.
+"""What must not break: runs that are killed, stopped or short of disk, and files made to do
+harm.
 
-The runs are real ones of `train.py`: a server process imports torch once and forks a child for each command, so that a
-run costs what it computes, and not the imports. SLOW=1 runs the long versions: 10,000 cases of each fuzz, 100 kills.
+The runs are real ones of `train.py`: a server process imports torch once and forks a child for
+each command, so that a run costs what it computes, and not the imports. SLOW=1 runs the long
+versions: 10,000 cases of each fuzz, 100 kills.
 """
 
 import html
@@ -60,12 +62,18 @@ for line in sys.stdin:
 """
 
 
-# --- Runs that can be killed --------------------------------------------------------------------------------
+# --- Runs that can be killed ----------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def server():
-    process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert process.stdout.readline() == "ready\n"
     yield process
     process.stdin.close()
@@ -74,23 +82,47 @@ def server():
 
 @pytest.fixture
 def run(server, make_voc, tiny_clip_file, tmp_path):
-    """run(out, *options, kill_after=seconds, before=code): `python train.py` on 4 pictures -> exit code, stderr."""
+    """run(out, *options, kill_after=seconds, before=code): `python train.py` on 4 pictures ->
+    exit code, stderr.
+    """
     folder = make_voc({"train": 4}) / "VOCdevkit" / "VOC2012" / "JPEGImages"
 
     def start(out, *options, stage="rectify", kill_after=None, before="", epochs=20 if SLOW else 8):
-        job = {"before": before, "streams": [str(tmp_path / name) for name in ("stdout", "stderr")],
-               "arguments": ["--stage", stage, "--data", str(folder), "--classes", "cat, dog, grass", "--clip",
-                             str(tiny_clip_file), "--device", "cpu", "--crop", "32", "--epochs", str(epochs), "--out",
-                             str(tmp_path / out), *options]}
+        job = {
+            "before": before,
+            "streams": [str(tmp_path / name) for name in ("stdout", "stderr")],
+            "arguments": [
+                "--stage",
+                stage,
+                "--data",
+                str(folder),
+                "--classes",
+                "cat, dog, grass",
+                "--clip",
+                str(tiny_clip_file),
+                "--device",
+                "cpu",
+                "--crop",
+                "32",
+                "--epochs",
+                str(epochs),
+                "--out",
+                str(tmp_path / out),
+                *options,
+            ],
+        }
         print(json.dumps(job), file=server.stdin, flush=True)
         child = int(server.stdout.readline())
         if kill_after is not None:
             time.sleep(kill_after)
             try:
-                os.kill(child, signal.SIGKILL)  # a child that ended is waited for by the server, so no other has its id
+                os.kill(
+                    child, signal.SIGKILL
+                )  # a child that ended is waited for by the server, so no other has its id
             except ProcessLookupError:
                 pass
         return int(server.stdout.readline()), (tmp_path / "stderr").read_text()
+
     return start
 
 
@@ -109,11 +141,14 @@ def same_end(one, other, stage="rectify"):
     """Both runs left the same checkpoint, training state and log."""
     assert (one / f"{stage}_log.csv").read_text() == (other / f"{stage}_log.csv").read_text()
     for name in (f"{stage}.pt", f"{stage}_state.pt"):
-        assert equal(*(torch.load(folder / name, weights_only=True) for folder in (one, other))), name
+        assert equal(*(torch.load(folder / name, weights_only=True) for folder in (one, other))), (
+            name
+        )
 
 
-# Code for a child that kills itself at a chosen call of what stands behind "written to a temporary file, flushed,
-# renamed"; `count` counts down. The kernel keeps what was written: a power cut is not simulated.
+# Code for a child that kills itself at a chosen call of what stands behind "written to a
+# temporary file, flushed, renamed"; `count` counts down. The kernel keeps what was written: a
+# power cut is not simulated.
 SUICIDE = """
 import os, signal, torch, reclip
 def at(owner, name, count, action):
@@ -132,14 +167,20 @@ def half(save, content, path):
 before = lambda *a: None
 after = lambda f, *a: f(*a)
 """
-MOMENTS = {"half of the bytes": "at(torch, 'save', {}, half)", "before the flush": "at(os, 'fsync', {}, before)",
-           "between flush and renaming": "at(os, 'replace', {}, before)", "renamed": "at(os, 'replace', {}, after)",
-         "between saves": "at(reclip, 'contrastive_loss', {}, before)"}
+MOMENTS = {
+    "half of the bytes": "at(torch, 'save', {}, half)",
+    "before the flush": "at(os, 'fsync', {}, before)",
+    "between flush and renaming": "at(os, 'replace', {}, before)",
+    "renamed": "at(os, 'replace', {}, after)",
+    "between saves": "at(reclip, 'contrastive_loss', {}, before)",
+}
 
 
 def killed_again_and_again(run, folder, kills, whole, told):
-    """kills: seconds, or code with which the child kills itself. One run, killed and resumed until the kills are used
-    up (a run that ends before begins anew) and then to its end, which must be that of `whole`."""
+    """kills: seconds, or code with which the child kills itself. One run, killed and resumed
+    until the kills are used up (a run that ends before begins anew) and then to its end, which
+    must be that of `whole`.
+    """
     kills, ended = list(kills), False
     while kills or not ended:
         started = (folder / "rectify_state.pt").is_file() and not ended
@@ -160,23 +201,35 @@ def killed_again_and_again(run, folder, kills, whole, told):
         if (folder / "rectify.pt").is_file():
             assert torch.load(folder / "rectify.pt", weights_only=True)["learnt"].keys()
         if ended:
-            kills[:0] = [kill] * isinstance(kill, str)  # the run ended before: the next one begins with it
+            kills[:0] = [kill] * isinstance(
+                kill, str
+            )  # the run ended before: the next one begins with it
             same_end(whole, folder)
             told["ends compared"] += 1
 
 
 def test_killed_at_any_moment_it_ends_as_if_never_killed(run, tmp_path, capsys):
-    """kill -9 by the clock and, from inside, at each stage of the writing; always resumed; equal to the bit."""
+    """kill -9 by the clock and, from inside, at each stage of the writing; always resumed;
+    equal to the bit.
+    """
     rng = random.Random(0)
     told = dict.fromkeys(("kills", "while writing", "before the first state", "ends compared"), 0)
     begin = time.perf_counter()
     assert run("whole")[0] == 0
     length = time.perf_counter() - begin
     kills = [rng.uniform(0, 0.8 * length) for _ in range(80 if SLOW else 3)]
-    kills += [SUICIDE + code.format(rng.randint(1, 3)) for code in MOMENTS.values() for _ in range(5 if SLOW else 1)]
+    kills += [
+        SUICIDE + code.format(rng.randint(1, 3))
+        for code in MOMENTS.values()
+        for _ in range(5 if SLOW else 1)
+    ]
     rng.shuffle(kills)
-    # first in a new folder, while the image-level labels are written; last in the first step after resuming
-    kills = [SUICIDE + MOMENTS[name].format(1) for name in ("between flush and renaming", "between saves")] + kills
+    # first in a new folder, while the image-level labels are written; last in the first step
+    # after resuming
+    kills = [
+        SUICIDE + MOMENTS[name].format(1)
+        for name in ("between flush and renaming", "between saves")
+    ] + kills
     kills += [SUICIDE + MOMENTS["between saves"].format(1)]
     killed_again_and_again(run, tmp_path / "parts", kills, tmp_path / "whole", told)
     with capsys.disabled():
@@ -185,15 +238,21 @@ def test_killed_at_any_moment_it_ends_as_if_never_killed(run, tmp_path, capsys):
 
 
 def test_nothing_to_resume_is_said(run, tmp_path):
-    """Killed while the first state was written: --resume says that there is none, without it the run begins anew."""
-    assert run("parts", before=SUICIDE + MOMENTS["half of the bytes"].format(1))[0] == -signal.SIGKILL
+    """Killed while the first state was written: --resume says that there is none, without it
+    the run begins anew.
+    """
+    assert (
+        run("parts", before=SUICIDE + MOMENTS["half of the bytes"].format(1))[0] == -signal.SIGKILL
+    )
     code, errors = run("parts", "--resume")
     assert code == 1 and errors.splitlines()[-1] == (
-        f"train.py: nothing to resume: {tmp_path / 'parts' / 'rectify_state.pt'} does not exist; leave --resume out")
+        f"train.py: nothing to resume: {tmp_path / 'parts' / 'rectify_state.pt'} does not exist; "
+        "leave --resume out"
+    )
     assert run("parts", epochs=1)[0] == 0
 
 
-# --- Signals ------------------------------------------------------------------------------------------------
+# --- Signals --------------------------------------------------------------------------------------
 
 AT_STEP = """
 import os, signal, {module} as module
@@ -209,28 +268,57 @@ module.{name} = signalled
 
 @pytest.mark.parametrize("stage", ["rectify", "distill"])
 def test_a_signal_ends_the_step_and_saves(run, tmp_path, stage):
-    """SIGTERM comes in the second epoch's second step, and SIGINT in the second one after resuming: the state holds
-    just these steps, the program says how to go on, and ends as if it had not been stopped."""
+    """SIGTERM comes in the second epoch's second step, and SIGINT in the second one after
+    resuming: the state holds just these steps, the program says how to go on, and ends as if it
+    had not been stopped.
+    """
     options, first, where = [], 6, {"module": "reclip", "name": "contrastive_loss"}
     if stage == "distill":
         assert run("teacher", epochs=1)[0] == 0
-        options = ["--teacher", str(tmp_path / "teacher" / "rectify.pt"), "--student", "tiny", "--backbone_weights",
-                   "none", "--distill_crop", "32", "--distill_batch", "2"]
+        options = [
+            "--teacher",
+            str(tmp_path / "teacher" / "rectify.pt"),
+            "--student",
+            "tiny",
+            "--backbone_weights",
+            "none",
+            "--distill_crop",
+            "32",
+            "--distill_batch",
+            "2",
+        ]
         first, where = 3, {"module": "deeplab", "name": "DeepLabV2.forward"}
-    for more, number, count, step in ([], "SIGTERM", first, first), (["--resume"], "SIGINT", 2 * first // 3 - 1, None):
+    for more, number, count, step in (
+        ([], "SIGTERM", first, first),
+        (["--resume"], "SIGINT", 2 * first // 3 - 1, None),
+    ):
         step = step or first + count
-        code, errors = run("parts", *options, *more, stage=stage, epochs=3,
-                           before=AT_STEP.format(**where, step=count, number=number))
+        code, errors = run(
+            "parts",
+            *options,
+            *more,
+            stage=stage,
+            epochs=3,
+            before=AT_STEP.format(**where, step=count, number=number),
+        )
         last = errors.splitlines()[-1]
-        assert code == 1 and last.startswith("train.py: stopped, ") and "the same command with --resume goes on" in last
-        assert torch.load(tmp_path / "parts" / f"{stage}_state.pt", weights_only=True)["step"] == step
-        assert (tmp_path / "parts" / f"{stage}.pt").is_file() and not list((tmp_path / "parts").glob("*.tmp"))
+        assert (
+            code == 1
+            and last.startswith("train.py: stopped, ")
+            and "the same command with --resume goes on" in last
+        )
+        assert (
+            torch.load(tmp_path / "parts" / f"{stage}_state.pt", weights_only=True)["step"] == step
+        )
+        assert (tmp_path / "parts" / f"{stage}.pt").is_file() and not list(
+            (tmp_path / "parts").glob("*.tmp")
+        )
     assert run("parts", "--resume", *options, stage=stage, epochs=3)[0] == 0
     assert run("whole", *options, stage=stage, epochs=3)[0] == 0
     same_end(tmp_path / "whole", tmp_path / "parts", stage)
 
 
-# --- A full disk --------------------------------------------------------------------------------------------
+# --- A full disk ----------------------------------------------------------------------------------
 
 FULL = """
 import resource, torch
@@ -245,15 +333,24 @@ torch.save = short_of_disk
 
 
 def test_full_disk(run, tmp_path):
-    """No file may grow beyond 1 MB while the second epoch is saved: one sentence, the old files whole, no rest of the
-    new one; with room again, --resume ends as if nothing had been."""
-    for more, call, name, step in (([], 4, "rectify_state.pt", 4), (["--resume"], 3, "rectify.pt", 8)):
+    """No file may grow beyond 1 MB while the second epoch is saved: one sentence, the old files
+    whole, no rest of the new one; with room again, --resume ends as if nothing had been.
+    """
+    for more, call, name, step in (
+        ([], 4, "rectify_state.pt", 4),
+        (["--resume"], 3, "rectify.pt", 8),
+    ):
         code, errors = run("parts", *more, epochs=3, before=FULL.format(call=call, limit=1_000_000))
         last = errors.splitlines()[-1]
-        assert code == 1 and last.startswith(f"train.py: {tmp_path / 'parts' / name} could not be written (") and (
-            last.endswith("is the disk full? What was there before is untouched")), errors
+        assert (
+            code == 1
+            and last.startswith(f"train.py: {tmp_path / 'parts' / name} could not be written (")
+            and (last.endswith("is the disk full? What was there before is untouched"))
+        ), errors
         assert "Traceback" not in errors and not list((tmp_path / "parts").glob("*.tmp"))
-        assert torch.load(tmp_path / "parts" / "rectify_state.pt", weights_only=True)["step"] == step
+        assert (
+            torch.load(tmp_path / "parts" / "rectify_state.pt", weights_only=True)["step"] == step
+        )
         ReCLIP.load(tmp_path / "parts" / "rectify.pt")
     assert run("parts", "--resume", epochs=3)[0] == run("whole", epochs=3)[0] == 0
     same_end(tmp_path / "whole", tmp_path / "parts")
@@ -283,40 +380,90 @@ def write_text(path):
 def test_full_disk_elsewhere(tmp_path, save):
     """The student's own save, and what writes without torch."""
     (tmp_path / "file").write_text("old")
-    with no_file_above(50_000), pytest.raises(OSError, match="file could not be written .* is untouched") as caught:
+    with (
+        no_file_above(50_000),
+        pytest.raises(OSError, match="file could not be written .* is untouched") as caught,
+    ):
         save(tmp_path / "file")
     assert "\n" not in str(caught.value) and (tmp_path / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
-    with pytest.raises(ValueError, match="^passes unchanged$"), written_atomically(tmp_path / "file"):
+    with (
+        pytest.raises(ValueError, match="^passes unchanged$"),
+        written_atomically(tmp_path / "file"),
+    ):
         raise ValueError("passes unchanged")
     assert os.listdir(tmp_path) == ["file"]
 
 
-# --- Another run than the one that stopped ------------------------------------------------------------------
+# --- Another run than the one that stopped --------------------------------------------------------
 
-def test_resuming_another_run_is_refused_with_every_difference(make_voc, make_clip, merges, tiny_clip_file, tmp_path):
-    """Other pictures (as many, with other names), another CLIP, other settings: all of them in one sentence; other
-    classes in a run on pictures of one's own."""
+
+def test_resuming_another_run_is_refused_with_every_difference(
+    make_voc, make_clip, merges, tiny_clip_file, tmp_path
+):
+    """Other pictures (as many, with other names), another CLIP, other settings: all of them in
+    one sentence; other classes in a run on pictures of one's own.
+    """
     root = make_voc({"train": 4})
-    command = ["--stage", "rectify", "--root", str(root), "--device", "cpu", "--crop", "32", "--epochs", "1"]
+    command = [
+        "--stage",
+        "rectify",
+        "--root",
+        str(root),
+        "--device",
+        "cpu",
+        "--crop",
+        "32",
+        "--epochs",
+        "1",
+    ]
     voc = [*command, "--data", "voc", "--out", str(tmp_path / "voc")]
     train.main([*voc, "--clip", str(tiny_clip_file)])
     base = root / "VOCdevkit" / "VOC2012"
     for i in range(4):
         (base / "JPEGImages" / f"train_{i}.jpg").rename(base / "JPEGImages" / f"other_{i}.jpg")
-    (base / "ImageSets" / "Segmentation" / "train.txt").write_text("\n".join(f"other_{i}" for i in range(4)))
-    torch.save({"state_dict": make_clip(1, context=77).state_dict(), "merges": [list(p) for p in merges]},
-               tmp_path / "b.pt")
+    (base / "ImageSets" / "Segmentation" / "train.txt").write_text(
+        "\n".join(f"other_{i}" for i in range(4))
+    )
+    torch.save(
+        {"state_dict": make_clip(1, context=77).state_dict(), "merges": [list(p) for p in merges]},
+        tmp_path / "b.pt",
+    )
     state = (tmp_path / "voc" / "rectify_state.pt").read_bytes()
     with pytest.raises(ValueError, match="cannot resume .*rectify_state.pt") as caught:
-        train.main([*voc, "--clip", str(tmp_path / "b.pt"), "--resume", "--lr", "0.5", "--no-flip", "--seed", "3"])
+        train.main(
+            [
+                *voc,
+                "--clip",
+                str(tmp_path / "b.pt"),
+                "--resume",
+                "--lr",
+                "0.5",
+                "--no-flip",
+                "--seed",
+                "3",
+            ]
+        )
     message = str(caught.value)
-    for words in ("clip was '", "lr was 0.01, now 0.5", "flip was True, now False", "seed was 0, now 3", "names was"):
+    for words in (
+        "clip was '",
+        "lr was 0.01, now 0.5",
+        "flip was True, now False",
+        "seed was 0, now 3",
+        "names was",
+    ):
         assert words in message, words
     assert message.count(" was ") == 5 and "\n" not in message
     assert (tmp_path / "voc" / "rectify_state.pt").read_bytes() == state
-    folder = [*command, "--data", str(base / "JPEGImages"), "--clip", str(tiny_clip_file), "--out",
-              str(tmp_path / "own")]
+    folder = [
+        *command,
+        "--data",
+        str(base / "JPEGImages"),
+        "--clip",
+        str(tiny_clip_file),
+        "--out",
+        str(tmp_path / "own"),
+    ]
     train.main([*folder, "--classes", "cat, dog, grass"])
     shutil.copy(base / "JPEGImages" / "other_0.jpg", base / "JPEGImages" / "new.jpg")
     with pytest.raises(ValueError, match="pictures was 4, now 5") as caught:
@@ -324,10 +471,12 @@ def test_resuming_another_run_is_refused_with_every_difference(make_voc, make_cl
     assert r"classes was ['cat', 'dog', 'grass'], now ['cat', 'dog', 'tree']" in str(caught.value)
 
 
-# --- Files made to do harm ----------------------------------------------------------------------------------
+# --- Files made to do harm ------------------------------------------------------------------------
+
 
 class Hostile:
     """Unpickled without care, it runs a shell command."""
+
     def __init__(self, marker):
         self.marker = marker
 
@@ -339,41 +488,77 @@ def one_sentence(reader, *words):
     """The reader raises a ValueError of one line that holds the words."""
     with pytest.raises(ValueError) as caught:
         reader()
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), (
+        caught.value
+    )
 
 
 def test_no_checkpoint_runs_code(clip, tmp_path):
-    """Bare, in torch's zip, in its older format, and hidden beside tensors: in the place of each kind of file."""
+    """Bare, in torch's zip, in its older format, and hidden beside tensors: in the place of
+    each kind of file.
+    """
     marker, path = tmp_path / "marker", tmp_path / "file.pt"
     pickle.loads(pickle.dumps(Hostile(marker)))
     assert marker.exists()  # the payload works, so that its silence means something
     marker.unlink()
-    good = {"step": 1, "identity": {}, "modules": {}, "optimiser": {}, "learnt": {}, "class_names": ["a"], "clip": {},
-            "student": {}, "settings": {}, "versions": {}}
-    readers = [lambda: load_clip(path), lambda: ReCLIP.load(path), lambda: ReCLIP.load(path, clip),
-               lambda: DeepLabV2.load(path), lambda: small_student(backbone_weights=path),
-               lambda: run_at(path, {}, None, {}).load_state()]
+    good = {
+        "step": 1,
+        "identity": {},
+        "modules": {},
+        "optimiser": {},
+        "learnt": {},
+        "class_names": ["a"],
+        "clip": {},
+        "student": {},
+        "settings": {},
+        "versions": {},
+    }
+    readers = [
+        lambda: load_clip(path),
+        lambda: ReCLIP.load(path),
+        lambda: ReCLIP.load(path, clip),
+        lambda: DeepLabV2.load(path),
+        lambda: small_student(backbone_weights=path),
+        lambda: run_at(path, {}, None, {}).load_state(),
+    ]
     for reader in readers:
-        for content in ({"weight": Hostile(marker)}, good | {"modules": Hostile(marker)}, Hostile(marker)):
-            for write in (lambda c: path.write_bytes(pickle.dumps(c)), lambda c: torch.save(c, path),
-                          lambda c: torch.save(c, path, _use_new_zipfile_serialization=False)):
+        for content in (
+            {"weight": Hostile(marker)},
+            good | {"modules": Hostile(marker)},
+            Hostile(marker),
+        ):
+            for write in (
+                lambda c: path.write_bytes(pickle.dumps(c)),
+                lambda c: torch.save(c, path),
+                lambda c: torch.save(c, path, _use_new_zipfile_serialization=False),
+            ):
                 write(content)
                 one_sentence(reader, str(path))
                 assert not marker.exists()
 
 
-@pytest.mark.parametrize("name, content, words", [("data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.", "__dict__"),
-                                                  ("data/0", bytes(2 ** 28), "more than ten times its size")])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.", "__dict__"),
+        ("data/0", bytes(2**28), "more than ten times its size"),
+    ],
+)
 @pytest.mark.parametrize("write", [save_torchscript, lambda path, state: torch.save(state, path)])
 def test_a_clip_cannot_ask_for_more_memory_than_it_brings(tmp_path, write, name, content, words):
     """A pickle of ten bytes whose memo has 2 billion places, and 256 MiB of packed zeros."""
     write(tmp_path / "whole.pt", {"weight": torch.zeros(4)})
     packed = zipfile.ZIP_STORED if "pkl" in name else zipfile.ZIP_DEFLATED
-    with zipfile.ZipFile(tmp_path / "whole.pt") as old, zipfile.ZipFile(tmp_path / "file.pt", "w", packed) as new:
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as old,
+        zipfile.ZipFile(tmp_path / "file.pt", "w", packed) as new,
+    ):
         for member in old.namelist():
             new.writestr(member, content if member.endswith(name) else old.read(member))
     with address_space(0.2):
-        one_sentence(lambda: load_clip(tmp_path / "file.pt"), "file.pt", *[words] * (name == "data/0"))
+        one_sentence(
+            lambda: load_clip(tmp_path / "file.pt"), "file.pt", *[words] * (name == "data/0")
+        )
         try:
             load_clip(tmp_path / "file.pt")
         except ValueError as error:
@@ -382,21 +567,35 @@ def test_a_clip_cannot_ask_for_more_memory_than_it_brings(tmp_path, write, name,
 
 def png_header(width, height):
     """A PNG that says it has this size and brings next to nothing."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_pictures_that_claim_to_be_huge(tmp_path, capsys):
-    """4.6 exapixels in 100 bytes: in a data set one sentence, among one's own pictures left out, as a label named."""
+    """4.6 exapixels in 100 bytes: in a data set one sentence, among one's own pictures left
+    out, as a label named.
+    """
     bomb, good = tmp_path / "bomb.png", tmp_path / "good.png"
-    bomb.write_bytes(png_header(2 ** 31 - 1, 2 ** 31 - 1))
+    bomb.write_bytes(png_header(2**31 - 1, 2**31 - 1))
     Image.new("RGB", (5, 4)).save(good)
-    one_sentence(lambda: Files([bomb], [bomb], range(1, 21)).image(0), "bomb.png is not a readable image")
-    one_sentence(lambda: Evaluation(Files([good], [bomb], range(1, 21)), 8)[0],
-                 "bomb.png is not a readable annotation")
+    one_sentence(
+        lambda: Files([bomb], [bomb], range(1, 21)).image(0), "bomb.png is not a readable image"
+    )
+    one_sentence(
+        lambda: Evaluation(Files([good], [bomb], range(1, 21)), 8)[0],
+        "bomb.png is not a readable annotation",
+    )
     assert Folder(tmp_path).names == ["good.png"]
-    assert capsys.readouterr().err.startswith("skipped bomb.png: Image size (4611686014132420609 pixels) exceeds")
+    assert capsys.readouterr().err.startswith(
+        "skipped bomb.png: Image size (4611686014132420609 pixels) exceeds"
+    )
 
 
 def test_a_picture_starts_no_program(tmp_path, monkeypatch, capsys):
@@ -404,9 +603,12 @@ def test_a_picture_starts_no_program(tmp_path, monkeypatch, capsys):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path / 'marker'}'\n")
     (tmp_path / "bin" / "gs").chmod(0o755)
-    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    (tmp_path / "a.jpg").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
+    )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     from PIL import EpsImagePlugin
+
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked for anew
     try:
         Image.open(tmp_path / "a.jpg").load()
@@ -414,21 +616,28 @@ def test_a_picture_starts_no_program(tmp_path, monkeypatch, capsys):
         pass
     assert (tmp_path / "marker").exists()  # the trap works
     (tmp_path / "marker").unlink()
-    one_sentence(lambda: Files([tmp_path / "a.jpg"], [], [1]).image(0), "a.jpg is not a readable image")
-    one_sentence(lambda: Files([], [tmp_path / "a.jpg"], [1]).truth(0), "a.jpg is not a readable annotation")
+    one_sentence(
+        lambda: Files([tmp_path / "a.jpg"], [], [1]).image(0), "a.jpg is not a readable image"
+    )
+    one_sentence(
+        lambda: Files([], [tmp_path / "a.jpg"], [1]).truth(0), "a.jpg is not a readable annotation"
+    )
     one_sentence(lambda: Folder(tmp_path), "holds no readable image")
     assert not (tmp_path / "marker").exists()
 
 
-# --- Fuzz ---------------------------------------------------------------------------------------------------
+# --- Fuzz -----------------------------------------------------------------------------------------
+
 
 @contextmanager
 def address_space(more):
-    """Within, this process may have `more` GiB more than now: who asks for much gets a MemoryError, not the machine."""
+    """Within, this process may have `more` GiB more than now: who asks for much gets a
+    MemoryError, not the machine.
+    """
     before = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + int(more * 2 ** 30), before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (now + int(more * 2**30), before[1]))
     try:
         yield
     finally:
@@ -440,26 +649,73 @@ def told(capsys, name, **counts):
         print(f"\n{name}:", ", ".join(f"{value:,} {key}" for key, value in counts.items()))
 
 
-PIECES = [*WORDS, "Cats", "don't", "'S", "<|startoftext|>", "<|EndOfText|>", "&amp;amp;lt;", "&#x1F600;", "&#55296;",
-          "&nosuch;", "&", "&#", "â€™", "Ã©", "ﬁ", "ß", "İ", "ſ", "'ſ", "é", "e\u0301",
-          "שלום", "مرحبا", "\u202eabc\u202c",
-          "漢字", "😀", "👩\u200d👩\u200d👧", "🏳️\u200d🌈",
-          "\u0300" * 9, "</w>", "\x00", "\x1c", "\x7f", "\ufeff", "\ufffe",
-          "\ud800", "\udfff\ud800", "\u2028", "\xa0", "\t\r\n", "٣", "½", "Ⅷ", "a" * 700, "7" * 99, "!?" * 60]
+PIECES = [
+    *WORDS,
+    "Cats",
+    "don't",
+    "'S",
+    "<|startoftext|>",
+    "<|EndOfText|>",
+    "&amp;amp;lt;",
+    "&#x1F600;",
+    "&#55296;",
+    "&nosuch;",
+    "&",
+    "&#",
+    "â€™",
+    "Ã©",
+    "ﬁ",
+    "ß",
+    "İ",
+    "ſ",
+    "'ſ",
+    "é",
+    "e\u0301",
+    "שלום",
+    "مرحبا",
+    "\u202eabc\u202c",
+    "漢字",
+    "😀",
+    "👩\u200d👩\u200d👧",
+    "🏳️\u200d🌈",
+    "\u0300" * 9,
+    "</w>",
+    "\x00",
+    "\x1c",
+    "\x7f",
+    "\ufeff",
+    "\ufffe",
+    "\ud800",
+    "\udfff\ud800",
+    "\u2028",
+    "\xa0",
+    "\t\r\n",
+    "٣",
+    "½",
+    "Ⅷ",
+    "a" * 700,
+    "7" * 99,
+    "!?" * 60,
+]
 
 
 def random_text(rng):
     def piece():
         kind = rng.random()
-        if kind < .45:
+        if kind < 0.45:
             return rng.choice(PIECES)
-        if kind < .6:
+        if kind < 0.6:
             return "".join(chr(rng.randrange(0x250)) for _ in range(rng.randrange(9)))
-        if kind < .75:
-            return "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(6)))  # surrogates among them
-        if kind < .85:
+        if kind < 0.75:
+            return "".join(
+                chr(rng.randrange(0x110000)) for _ in range(rng.randrange(6))
+            )  # surrogates among them
+        if kind < 0.85:
             return rng.choice(WORDS) * rng.randrange(1, 60)
-        return f"&{rng.choice(['#', '#x', ''])}{rng.choice([rng.randrange(2 ** 40), 'lt', 'Dopf', 'acE'])};"
+        opening = rng.choice(["#", "#x", ""])
+        name = rng.choice([rng.randrange(2**40), "lt", "Dopf", "acE"])
+        return f"&{opening}{name};"
+
     return "".join(piece() + " " * rng.randrange(2) for _ in range(rng.randrange(8)))
 
 
@@ -469,9 +725,11 @@ def official_or_none():
 
 
 def test_fuzz_tokenizer(capsys):
-    """Any string: the ids lie within the vocabulary, say letter for letter what the mended text says, are those of a
-    tokenizer without memory, and of test_clip_model's slow one (which knows an older Unicode, and does not take 'ſ for
-    's as OpenAI's pattern does); lone surrogates become U+FFFD, nothing raises."""
+    """Any string: the ids lie within the vocabulary, say letter for letter what the mended text
+    says, are those of a tokenizer without memory, and of test_clip_model's slow one (which
+    knows an older Unicode, and does not take 'ſ for 's as OpenAI's pattern does); lone
+    surrogates become U+FFFD, nothing raises.
+    """
     rng, merges = random.Random(1), merges_of(WORDS)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
@@ -484,8 +742,12 @@ def test_fuzz_tokenizer(capsys):
         for tokenizer, name in zip(tokenizers, names):
             ids = tokenizer.encode(text)
             assert all(0 <= i < len(name) for i in ids), repr(text)
-            spelt = b"".join(name[i].encode() if i >= len(name) - 2 else bytes(
-                alphabet[c] for c in name[i].removesuffix("</w>")) for i in ids).decode()
+            spelt = b"".join(
+                name[i].encode()
+                if i >= len(name) - 2
+                else bytes(alphabet[c] for c in name[i].removesuffix("</w>"))
+                for i in ids
+            ).decode()
             assert spelt == "".join(c for c in mended if not regex_space(c)), repr(text)
             tokens += len(ids)
         ids = tokenizers[0].encode(text)
@@ -501,8 +763,10 @@ def regex_space(c):
 
 
 def test_fuzz_run_lengths(capsys):
-    """Random strings, and valid ones cut, lengthened or changed: a mask of the right size, which the encoder of
-    test_datasets.py takes back, or a ValueError of one line; and never more memory than the mask's."""
+    """Random strings, and valid ones cut, lengthened or changed: a mask of the right size,
+    which the encoder of test_datasets.py takes back, or a ValueError of one line; and never
+    more memory than the mask's.
+    """
     rng, masks, refused = random.Random(2), 0, 0
     with address_space(1):
         for case in range(CASES):
@@ -511,12 +775,21 @@ def test_fuzz_run_lengths(capsys):
             text = list(encode_rle(mask))
             for _ in range(rng.randrange(4)):
                 i, kind = rng.randrange(len(text) + 1), rng.randrange(4)
-                text[i:i + (kind > 0)] = [[chr(rng.randrange(48, 112))], [], [chr(rng.randrange(48, 112))],
-                                          [chr(rng.randrange(0x250))]][kind]
+                text[i : i + (kind > 0)] = [
+                    [chr(rng.randrange(48, 112))],
+                    [],
+                    [chr(rng.randrange(48, 112))],
+                    [chr(rng.randrange(0x250))],
+                ][kind]
             if case % 4 == 0:
                 text = [chr(rng.randrange(48, 112)) for _ in range(rng.randrange(60))]
-            if case % 50 == 1:  # 10 ** 18 pixels and more; or as many as the size says, which then is no size
-                text, shape = ["o"] * rng.randrange(9, 13) + ["?", "0"], (2 ** 30, 2 ** rng.randrange(20, 31))
+            if (
+                case % 50 == 1
+            ):  # 10 ** 18 pixels and more; or as many as the size says, which then is no size
+                text, shape = (
+                    ["o"] * rng.randrange(9, 13) + ["?", "0"],
+                    (2**30, 2 ** rng.randrange(20, 31)),
+                )
             try:
                 found = decode_rle("".join(text), *shape)
             except ValueError as error:
@@ -531,27 +804,35 @@ def test_fuzz_run_lengths(capsys):
 
 
 def damaged(rng, whole, members):
-    """A file with something wrong: random bytes, cut off, bits flipped, bytes moved, or a sound zip round a changed
-    pickle (all its sums are right)."""
+    """A file with something wrong: random bytes, cut off, bits flipped, bytes moved, or a sound
+    zip round a changed pickle (all its sums are right).
+    """
     kind = rng.randrange(6)
     if kind == 0:
         return "random bytes", rng.randbytes(rng.randrange(3000))
     if kind == 1:
-        return "cut off", whole[:rng.randrange(len(whole))]
+        return "cut off", whole[: rng.randrange(len(whole))]
     changed = bytearray(whole)
-    place = lambda n: rng.choice([rng.randrange(n), rng.randrange(min(n, 3000)), n - 1 - rng.randrange(min(n, 3000))])
+    place = lambda n: rng.choice(
+        [rng.randrange(n), rng.randrange(min(n, 3000)), n - 1 - rng.randrange(min(n, 3000))]
+    )
     if kind == 2:
         for _ in range(rng.randrange(1, 9)):
             changed[place(len(changed))] ^= 1 << rng.randrange(8)
         return "bits flipped", bytes(changed)
     if kind == 3:
         a, b, n = place(len(changed)), place(len(changed)), rng.randrange(1, 300)
-        changed[a:a + n * rng.randrange(2)] = changed[b:b + n]
+        changed[a : a + n * rng.randrange(2)] = changed[b : b + n]
         return "bytes moved", bytes(changed)
     changed = bytearray(members[next(name for name in members if name.endswith("data.pkl"))])
     for _ in range(rng.randrange(1, 5)):
-        changed[rng.randrange(len(changed))] = rng.choice([rng.randrange(256), *b"rjq\x8a\x8b)(}]RcbQ0123."])
-    packed = {name: bytes(changed) if name.endswith("data.pkl") else content for name, content in members.items()}
+        changed[rng.randrange(len(changed))] = rng.choice(
+            [rng.randrange(256), *b"rjq\x8a\x8b)(}]RcbQ0123."]
+        )
+    packed = {
+        name: bytes(changed) if name.endswith("data.pkl") else content
+        for name, content in members.items()
+    }
     return "another pickle", packed
 
 
@@ -584,17 +865,20 @@ def kinds_of_checkpoint(make_clip, merges):
     wrapped = {"state_dict": clip.state_dict(), "merges": merges}
     model = ReCLIP(clip, ["cat", "dog"], prompts=["a {}"], prompt_length=3)
     student = small_student()
-    return {"CLIP": (lambda path: torch.save(wrapped, path), load_clip),
-            "CLIP, TorchScript": (lambda path: save_torchscript(path, clip.state_dict()), load_clip),
-            "rectify.pt": (model.save, lambda path: ReCLIP.load(path, clip)),
-            "distill.pt": (student.save, DeepLabV2.load),
-            "state": (write_state, lambda path: run_at(path, *small_state()).load_state())}
+    return {
+        "CLIP": (lambda path: torch.save(wrapped, path), load_clip),
+        "CLIP, TorchScript": (lambda path: save_torchscript(path, clip.state_dict()), load_clip),
+        "rectify.pt": (model.save, lambda path: ReCLIP.load(path, clip)),
+        "distill.pt": (student.save, DeepLabV2.load),
+        "state": (write_state, lambda path: run_at(path, *small_state()).load_state()),
+    }
 
 
 @pytest.mark.parametrize("name", ["CLIP", "CLIP, TorchScript", "rectify.pt", "distill.pt", "state"])
 def test_fuzz_checkpoints(make_clip, merges, tmp_path, capsys, name):
-    """A damaged file loads or ends in a ValueError of one line with its name: no other exception, no code run (a
-    directory of its own stays empty), no more memory than 2 GiB."""
+    """A damaged file loads or ends in a ValueError of one line with its name: no other
+    exception, no code run (a directory of its own stays empty), no more memory than 2 GiB.
+    """
     path, rng = tmp_path / "file.pt", random.Random(name)
     write, read = kinds_of_checkpoint(make_clip, merges)[name]
     write(path)
@@ -619,7 +903,9 @@ def test_fuzz_checkpoints(make_clip, merges, tmp_path, capsys, name):
             except ValueError as error:
                 assert "\n" not in str(error) and str(path) in str(error), (case, kind)
                 cause = f"{error.__cause__!r} {error}"
-                counts["refused more than 2 GiB"] += "MemoryError" in cause or "allocate memory" in cause
+                counts["refused more than 2 GiB"] += (
+                    "MemoryError" in cause or "allocate memory" in cause
+                )
                 counts["refused"] += 1
             except Exception as error:
                 raise AssertionError(f"case {case}, {kind}") from error
