@@ -211,6 +211,58 @@ def test_the_learning_rate_of_distillation_has_a_floor(command, tmp_path):
     assert [float(row["lr"]) for row in rows] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.fixture
+def distill(command, tmp_path):
+    """A teacher of one epoch; distill(*options) runs one epoch of distillation from it."""
+    train.main(command("run", "--epochs", "1"))
+    tiny = ["--student", "tiny", "--backbone-weights", "none", "--distill-crop", "32"]
+
+    def run(*options):
+        arguments = command("run", "--epochs", "1", *tiny, "--distill-batch", "2", *options)
+        train.main(["--stage", "distill", *arguments[2:]])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options, expected", [([], None), (["--head", "original"], 1.0), (["--mask-tau", "0.3"], 0.3)]
+)
+def test_temperature_of_the_mask_guided_loss(distill, tmp_path, monkeypatch, options, expected):
+    """That of Eq. (5), unless it is given; 1 for a classifier that learns its own scale."""
+    seen, loss = [], train.mask_guided_loss
+
+    def recorded(logits, pseudo_labels, tau, to_pixels):
+        seen.append(tau)
+        return loss(logits, pseudo_labels, tau, to_pixels)
+
+    monkeypatch.setattr(train, "mask_guided_loss", recorded)
+    distill(*options)
+    teacher = ReCLIP.load(tmp_path / "run" / "rectify.pt")
+    assert teacher.tau not in (1.0, 0.3)
+    assert seen == [teacher.tau if expected is None else expected] * 2
+
+
+def test_a_teacher_in_training_mode_learns_nothing_from_the_student(command, tmp_path):
+    """Its batch norms would take the statistics of the student's images."""
+    train.main(command("run", "--epochs", "1"))
+    teacher = ReCLIP.load(tmp_path / "run" / "rectify.pt").train()
+    before = teacher.fingerprint()
+    split = train.open_split("voc", tmp_path, "train")
+    settings = dataclasses.replace(
+        train.SETTINGS["voc"],
+        student="tiny",
+        backbone_weights="none",
+        distill_crop=32,
+        distill_batch=2,
+        distill_epochs=1,
+    )
+    labels = {name: torch.ones(20, dtype=torch.bool) for name in split.names}
+    student = train.new_student(teacher, settings, seed=0)
+    run = train.Run("distill", tmp_path, {})
+    train.train_distillation(teacher, student, split, labels, settings, run)
+    assert teacher.fingerprint() == before
+
+
 def test_the_threshold_reaches_the_labels(make_voc, tiny_clip_file, tmp_path):
     """Each image holds exactly the classes whose similarity is above the threshold."""
     split = train.open_split("voc", make_voc({"train": 4}), "train")
