@@ -951,5 +951,9 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
-        sys.exit(f"train.py: process {dist.get_rank() + 1} failed or lost another one "
-                 f"({str(error).splitlines()[0]}); start all again with --resume")
+        print(f"train.py: process {dist.get_rank() + 1} failed or lost another one "
+              f"({str(error).splitlines()[0]}); start all again with --resume", file=sys.stderr)
+        # Not sys.exit: taking down a group that has lost a member, gloo may abort the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

@@ -217,7 +217,7 @@ def test_a_killed_rank_ends_the_other_with_a_sentence(command, tmp_path):
     os.kill(ranks[1].pid, signal.SIGKILL)
     _, errors = ranks[0].communicate(timeout=120)
     ranks[1].communicate()
-    assert ranks[0].returncode == 1
+    assert ranks[0].returncode == 1, errors
     assert (
         "train.py: process 1 failed or lost another one" in errors.splitlines()[-1]
         and "--resume" in errors
