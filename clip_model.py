@@ -353,7 +353,7 @@ class Attention(nn.Module):
 
         Returns: (B, T, E), or (B, len(rows), E).
         """
-        # All tokens are read, hence a key and a value for each; only those asked for ask.
+        # Keys and values of all T tokens; queries only of the rows whose output is wanted.
         readers = x if rows is None else x[:, rows]
         q = self.project(readers, QUERY)                        # (B, heads, T or rows, E / heads)
         k = self.project(x, KEY)                                # (B, heads, T, E / heads)
@@ -415,13 +415,13 @@ class ResidualAttentionBlock(nn.Module):
             x <- x + out_proj(value(ln_1(x)))        in place of   x + out_proj(sum_j a_ij value_j)
             x <- x + mlp(ln_2(x))
 
-        Why this gives local features that can be compared with texts (an intuition, no proof: layer
-        norm and MLP are not linear, and the residual is not in it): CLIP was trained on the class
+        Why this gives local features that can be compared with texts: CLIP was trained on the class
         token alone. In the last block the class token adds up all patches' values, weighted by the
         attention a, and that sum is what had to match the caption. So the value of a patch is a
         summand of a vector that lives where the texts live, and it tells what this patch holds.
         What a patch itself would gather here with its query, from all over the image, was never
-        used in training, and it would blur what the patch shows.
+        used in training, and it would blur what the patch shows. (An intuition: it leaves out the
+        residual, and that layer norm and MLP are not linear.)
 
         Each position is treated alone, and alike: on the grid, the value layer and the output
         layer are the two 1x1 convolutions of Sec. 3.1. That section does not mention the residual
@@ -713,7 +713,7 @@ class CLIP(nn.Module):
         whole text.
         """
         # EOT has the largest id of all, so argmax finds it. The tower is causal (no token reads
-        # what comes later), so the zeros behind the last EOT can be left out without any effect.
+        # what comes later), so the zeros after the last EOT can be left out without any effect.
         end = tokens.argmax(-1)                                     # (N,)
         length = int(end.max()) + 1
         tokens = tokens[:, :length]                                 # (N, length)
@@ -732,7 +732,8 @@ class CLIP(nn.Module):
         the embedding of any word: the prompt is learnt (Sec. 3.2), and gradients reach it.
 
         Args:
-            prompt: v_1 .. v_L, (L, E_t), the same for all classes.
+            prompt: v_1 .. v_L, (L, E_t), the same for all classes. (Sec. 3.2 calls their width D.
+                They stand in the place of words, so it is E_t; in ViT-B/16 both are 512.)
             name_tokens: for each class the token ids of its name (C lists of int).
 
         Returns: (C, D), not of length 1: the states of the C EOTs.
@@ -740,35 +741,35 @@ class CLIP(nn.Module):
         The values are those of encoding one text after the other, at about a tenth of the time.
         All texts begin with the same SOT v_1 .. v_L, and in a causal tower the states of these
         tokens do not depend on what follows. So they are computed once, and the names are set
-        behind them one after the other, in a single sequence: 117 tokens in place of 20 texts of
-        77 for VOC. Two things must be kept up, that each text has positions of its own, and that
-        no name reads another:
+        after them one by one, in a single sequence: 117 tokens in place of 20 texts of 77 for VOC.
+        Two rules make this equal to separate texts. Positions: each name is numbered as if it alone
+        followed the prompt. Reading: token i reads token j if j's position is not larger and j
+        belongs to the prompt or to i's own text.
 
                       SOT v_1 v_2 | cat EOT | potted plant EOT          (L = 2, two names)
             position    0   1   2 |  3   4  |    3     4    5     which positional embedding
             text       -1  -1  -1 |  0   0  |    1     1    1     whose token; -1: everybody's
 
-        A token reads what does not stand after it, if that is everybody's or its own text's:
-        "plant" reads SOT, v_1, v_2, "potted" and itself.
+        So "plant" reads SOT, v_1, v_2, "potted" and itself.
         """
         # The two rows of the example above, and where the EOTs stand in the sequence.
         prefix_length = 1 + len(prompt)
-        position = list(range(prefix_length))
-        text = [-1] * prefix_length
-        behind_prefix = []  # token ids
-        eot = []
+        positions = list(range(prefix_length))
+        texts = [-1] * prefix_length
+        name_ids = []   # token ids of all names, each with its EOT
+        eot_places = []
         for c, name in enumerate(name_tokens):
             length = len(name) + 1
-            behind_prefix += [*name, self.eot]
-            position += range(prefix_length, prefix_length + length)
-            text += [c] * length
-            eot.append(len(position) - 1)
+            name_ids += [*name, self.eot]
+            positions += range(prefix_length, prefix_length + length)
+            texts += [c] * length
+            eot_places.append(len(positions) - 1)
 
         device = prompt.device
-        position = torch.tensor(position, device=device)                        # (T,)
-        text = torch.tensor(text, device=device)                                # (T,)
-        behind_prefix = torch.tensor(behind_prefix, device=device)              # (T - 1 - L,)
-        eot = torch.tensor(eot, device=device)                                  # (C,)
+        position = torch.tensor(positions, device=device)                       # (T,)
+        text = torch.tensor(texts, device=device)                               # (T,)
+        name_ids = torch.tensor(name_ids, device=device)                        # (T - 1 - L,)
+        eot = torch.tensor(eot_places, device=device)                           # (C,)
 
         # mask[i, j]: may token i (row) read token j (column)?
         not_after = position <= position[:, None]                               # (T, T)
@@ -777,7 +778,7 @@ class CLIP(nn.Module):
         mask = not_after & (everybodys | same_text)                             # (T, T)
 
         start = self.token_embedding.weight[self.sot][None]                     # (1, E_t)
-        names = self.token_embedding(behind_prefix)                             # (T - 1 - L, E_t)
+        names = self.token_embedding(name_ids)                                  # (T - 1 - L, E_t)
         x = torch.cat([start, prompt, names]) + self.positional_embedding[position]
         x = x[None]                                                             # (1, T, E_t)
 
@@ -828,6 +829,8 @@ class CLIP(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # Files: where they are, how they come, how they are written
+#
+# From here on nothing is about CLIP itself. A first reader may go on at tour, the end of this file.
 # --------------------------------------------------------------------------------------------------
 
 def sha256_of(path):
@@ -943,10 +946,11 @@ class ArchiveUnpickler(pickle._Unpickler):
         self.root = root
 
     def find_class(self, module, name):
-        """What a name in the pickle stands for. This is the only door to code, so it is a list."""
+        """What a name in the pickle stands for. Only the names below pass; all else is refused."""
         # Classes of the archive's own code become empty objects: they keep attributes, run nothing.
         if module.startswith("__torch__"):
             return SimpleNamespace
+        # build_intlist, build_tensorlist, ...: TorchScript's typed lists.
         if module == "torch.jit._pickle" and name.startswith("build_"):
             return list
         if (module, name) == ("collections", "OrderedDict"):
@@ -1037,7 +1041,7 @@ def read_state(path):
 
 
 def count_layers(state, prefix):
-    """How many blocks a tower has: the different numbers behind `prefix` in the keys."""
+    """How many blocks a tower has: the different numbers after `prefix` in the keys."""
     numbers = set()
     for key in state:
         if key.startswith(prefix):

@@ -97,7 +97,7 @@ ADE_CLASSES = split_names("""
 # The colors below are those of masks; HUES, further down, has those that things are painted in.
 SHAPES_CLASSES = ("coin", "ring", "box", "gem", "star", "flower", "bee", "beetle")
 
-# Its tiny CLIP knows some forty words: the 85 prompts of the paper would be Greek to it.
+# Its tiny CLIP knows some forty words: the 85 prompts for real images would be Greek to it.
 SHAPES_PROMPTS = (
     "a photo of a {}",
     "a picture of a {}",
@@ -143,11 +143,12 @@ class DataFacts:
     classes: tuple            # C names, in the order of the class indices
     palette: list             # C colors (r, g, b)
     short_side: int           # pixels; for evaluation images are resized to it (released)
-    denoise: float            # classes nowhere this probable are dropped (released); 0: off
+    denoise: float            # a class that reaches this probability nowhere in an image is
+                              # dropped (released); 0: off
     background: str           # in words: which pixels are not evaluated
     clip: str                 # default weights: a name that load_clip knows, or a file
-    splits: tuple = ("val",)  # those that have truth to evaluate on
-    prompts: tuple = None     # of the Query; None: the paper's 85
+    splits: tuple = ("val",)  # those that eval.py may report on
+    prompts: tuple = None     # of the Query; None: the 85 of MaskCLIP and the released code
 
 
 DATA = {
@@ -285,7 +286,7 @@ class Settings:
     positional_channels: int = option(
         None, "channels of M_p: one a class if not given (released), 1 (Eq. (2)), 0: no M_p")
     positional_last_relu: bool = option(
-        True, "ReLU behind the last batch norm of the positional net (released)")
+        True, "ReLU after the last batch norm of the positional net (released)")
     positional_gain: float = option(1.0, "fixed factor on M_p, for a small start (ours)")
     tau_1: float = option(0.001, "temperature of the Gumbel-softmax, Eq. (4) (released)")
     tau: float = option(
@@ -364,7 +365,7 @@ SETTINGS = {
         rectify_short_side=512,
         crop=512,
     ),
-    # Images of your own: VOC's, whose threshold and K suit names of single, different things.
+    # Images of your own: VOC's, whose threshold and top_k suit names of single, different things.
     "own": Settings(),
     # All ours, chosen on shapes' val split. The cosines of its tiny CLIP differ by 0.2 where those
     # of OpenAI's differ by 0.02: hence its higher temperatures and threshold.
@@ -692,8 +693,8 @@ class Augment:
     75 %: that looks at the truth, so it is not done here.
 
     Args:
-        long_side, short_side: pixels; before the crop the image is resized, ratio kept, to fit into
-            r * long_side by r * short_side.
+        long_side, short_side: pixels; before the crop the image is resized, smaller or larger but
+            its ratio kept, to the largest size within r * long_side by r * short_side.
         crop: side of the random square, pixels; 0: neither resize nor crop, the image stays whole.
         ratio: r is drawn uniformly between these two.
         flip: mirror left to right, half of the time.
@@ -777,7 +778,7 @@ class TrainingStream(Dataset):
 
 
 class Thumbnails(Dataset):
-    """Each image once, as CLIP saw images in its training: short side resized, then a center crop.
+    """Each image once, by CLIP's own preprocessing: short side resized, then a center crop.
 
     Item i is (float (3, resolution, resolution) in [0, 1], name).
     """
@@ -875,7 +876,7 @@ class Progress:
         self.shown = 0.0  # when the line was last written
 
     def __call__(self, step, extra=""):
-        """step: number of steps done. extra: more to show, with its own space behind it."""
+        """step: number of steps done. extra: more to show, with a space at its end."""
         now = time.perf_counter()
         interval = 0.2 if self.terminal else 15  # seconds
         if step < self.total and now - self.shown < interval:
@@ -925,19 +926,20 @@ GROUNDS = {
 
 # Each class's own hue, in the order of SHAPES_CLASSES: a coin is yellow, a ring orange, and so on.
 HUES = {
-    "yellow": 0.14,
-    "orange": 0.07,
-    "blue": 0.62,
-    "cyan": 0.5,
-    "pink": 0.9,
-    "red": 0.99,
-    "lime": 0.25,
-    "green": 0.36,
+    "yellow": 0.14,   # coin
+    "orange": 0.07,   # ring
+    "blue": 0.62,     # box
+    "cyan": 0.5,      # gem
+    "pink": 0.9,      # star
+    "red": 0.99,      # flower
+    "lime": 0.25,     # bee
+    "green": 0.36,    # beetle
 }
 
-# Texture of a class (a, b, t): dark where sin(a u + 0.5) sin(b v + 0.5) > t. The larger a and b,
-# the finer the pattern; the larger t, the less is dark. 0: no wave in that direction, so stripes.
-# The flower is not here: it has no waves but a dark heart.
+# Texture of a class (a, b, t): dark where sin(a u + 0.5) sin(b v + 0.5) > t, with u and v the
+# thing's own coordinates (see depth). The larger a and b, the finer the pattern; the larger t, the
+# less is dark. 0: no wave in that direction, so stripes.
+# The flower is not here: it has no waves but a dark disk in the middle.
 TEXTURES = {
     "coin": (9, 9, 0.25),      # spots
     "ring": (14, 0, 0.0),      # fine stripes
@@ -963,8 +965,8 @@ def new_thing(name, x, y, r, rng, own_color=0.5):
     """Returns a Thing of that class, place and size, with a random hue and a small random turn.
 
     Args:
-        own_color: how often it shows its own hue for sure; else its own or its twin's. But one
-            thing in five gets any hue at all.
+        own_color: one thing in five gets any of the eight hues. Of the others, this share get
+            their class's own hue, and the rest their own or their twin's, at even odds.
     """
     hues = list(HUES.values())
     k = SHAPES_CLASSES.index(name)
@@ -1012,7 +1014,7 @@ def depth(name, u, v):
 
 def is_dark(name, u, v):
     """bool (H, W): where the texture of a class is dark. u, v as for depth."""
-    if name == "flower":  # a heart
+    if name == "flower":  # a disk in the middle
         return np.hypot(u, v) < 0.35
 
     # sin(0 * u + 1.57) = 1: no wave in that direction.

@@ -58,13 +58,13 @@ Symbols
     W_q  query text features       (C, D)               each row of length 1
     W_r  reference text features   (C, D)               the whole matrix of length 1 (Frobenius
                                                         norm), so a row has about 1 / sqrt(C)
-    M_p  positional logits         (1, 1 or C, h0, w0)  not in the default head (Table 6)
+    M_p  positional logits         (1, C, h0, w0)       not in the default head (Table 6)
     M^D  the student's logits      (B, C, h, w)
 
 W_q and W_r come from a rectified CLIP, as ReCLIP.heads() in reclip.py returns them. Products of
 vectors of length 1 are cosines: that is what the query logits are, and M^D is a cosine less a mild
-correction. It is mild because the rows of W_r are short. Do not normalize them: a reference as
-strong as the query would drown it.
+correction. It is mild because the rows of W_r are short: a reference with rows of length 1 would
+be as strong as the query. (train.py --reference-norm class makes such ones.)
 
 Copied elsewhere (with torch and torchvision installed), it is used like this:
     student = DeepLabV2.load("distill.pt")                               # trained, in eval mode
@@ -227,11 +227,11 @@ class ASPP(nn.Module):
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x):
-        # A bus fills the image in one photo and a corner in the next. Each branch looks as far as
-        # its dilation reaches and gives its own answer in all D dimensions; in the sum, each cell
-        # can rely on the branch that reaches far enough, and not too far, for the thing there.
+        # A bus fills the image in one photo and a corner in the next. Each branch looks at one
+        # distance and adds its vote in all D dimensions. Nothing selects among them: the sum is one
+        # sparse and very wide convolution, which reaches over a small thing and a large one alike.
         #
-        # No batch norm and no ReLU behind the sum; DeepLabV2.features only scales each vector to
+        # No batch norm and no ReLU after the sum; DeepLabV2.features only scales each vector to
         # length 1. The released code ends each branch in batch norm and ReLU: such features are
         # never negative. Many of CLIP's numbers are, and Eq. (7) asks for them.
         return sum(branch(x) for branch in self.branches)
@@ -244,7 +244,7 @@ class Student(NamedTuple):
     build: Callable     # () -> backbone: (B, 3, H, W) -> (B, channels, h, w)
     channels: int       # of the backbone's features
     output_stride: int  # s, pixels
-    rates: tuple        # of the ASPP behind the backbone, cells
+    rates: tuple        # of the ASPP after the backbone, cells
 
 
 STUDENTS = {
@@ -260,7 +260,7 @@ class Logits(NamedTuple):
     """What DeepLabV2 returns."""
     query: torch.Tensor       # Z^ . W_q  (B, C, h, w), cosines
     reference: torch.Tensor   # Z^ . W_r  (B, C, h, w)
-    positional: torch.Tensor  # M_p       (1, 1 or C, h, w), zero without a positional head
+    positional: torch.Tensor  # M_p       (1, C, h, w), 0 without a positional head
     rectified: torch.Tensor   # M^D       (B, C, h, w), the answer of the chosen head; only the
                               #           heads with W_r subtract anything
     features: torch.Tensor    # Z^        (B, D, h, w), each cell of length 1
@@ -271,8 +271,8 @@ class DeepLabV2(nn.Module):
 
     class_names: C strings.
     W_q, W_r: (C, D), the heads; copied and fixed. "Symbols" above says how long their rows are.
-    M_p: (1, 1 or C, h0, w0), the teacher's positional logits on a grid of any one size, for the
-        head "query_reference_positional" alone.
+    M_p: (1, C, h0, w0) or (1, 1, h0, w0), the teacher's positional logits on a grid of any one
+        size, for the head "query_reference_positional" alone.
     student: a name in STUDENTS. resnet101: ours; resnet50: released; tiny: for shapes.
     head: one of HEADS.
     backbone_weights: "imagenet", a file (load_backbone says which), or None for random weights.
@@ -358,8 +358,8 @@ class DeepLabV2(nn.Module):
 
         Training does not use it: Eq. (6) has a temperature of its own, mask_tau.
 
-        Cosines lie so close together that their own softmax is nearly flat: 100 (released). The
-        head "original" learns its own scale: 1.
+        Cosines lie so close together that their own softmax is nearly flat, hence the factor 100
+        (released). The head "original" learns its own scale, hence 1.
         """
         return 1 if self.head == "original" else 100
 
@@ -400,7 +400,7 @@ class DeepLabV2(nn.Module):
             M_p = Z.new_zeros(1, 1, 1, 1) if self.M_p is None else self.M_p
             positional = F.interpolate(
                 M_p, size=Z.shape[2:], mode="bilinear", align_corners=False
-            )                                                       # (1, 1 or C, h, w)
+            )                                                       # (1, C, h, w)
 
             if self.head == "original":
                 rectified = self.classifier(Z)

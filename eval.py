@@ -20,7 +20,7 @@ Symbols
 Copied elsewhere, confusion_matrix and scores need no more than torch and IGNORE:
     confusion = torch.zeros(20, 20, dtype=torch.int64)
     for mask, truth in results:                               # (H0, W0) each, uint8
-        confusion += confusion_matrix(mask, truth, classes=20)
+        confusion += confusion_matrix(mask, truth, num_classes=20)
     print(scores(confusion)["miou"])
 
 The mask of one image, float (3, H, W) in [0, 1], from a checkpoint:
@@ -76,10 +76,10 @@ STAGE_PARTS = {
 # be added, so the matrices of all images are, and the ratio is taken once, at the end. So VOC has
 # always done it.
 
-def confusion_matrix(prediction, truth, classes):
+def confusion_matrix(prediction, truth, num_classes):
     """Counts the pixels of each pair of true and predicted class.
 
-    prediction, truth: (H0, W0) class indices 0..C-1, integers of any kind. classes: C.
+    prediction, truth: (H0, W0) class indices 0..C-1, integers of any kind. num_classes: C.
     -> (C, C) int64; entry [t, p]: pixels that are t and were called p.
 
     Pixels whose truth is IGNORE are left out, whatever was predicted there. None of the C names
@@ -89,13 +89,13 @@ def confusion_matrix(prediction, truth, classes):
     evaluated = truth != IGNORE                                         # (H0, W0) bool
 
     # The pair (t, p) as one number t * C + p, so that one histogram counts all pairs at once.
-    pairs = truth[evaluated].long() * classes + prediction[evaluated].long()
-    counts = torch.bincount(pairs, minlength=classes ** 2)              # (C * C,)
-    return counts.reshape(classes, classes)
+    pairs = truth[evaluated].long() * num_classes + prediction[evaluated].long()
+    counts = torch.bincount(pairs, minlength=num_classes ** 2)          # (C * C,)
+    return counts.reshape(num_classes, num_classes)
 
 
 def scores(confusion):
-    """What is reported of a confusion matrix (C, C); all fractions of 1.
+    """What is reported of a confusion matrix (C, C); fractions of 1, but for the count `present`.
 
     -> {"miou": mean of iou over the classes that occur in the truth,
         "iou": C numbers, nan for the classes that do not occur,
@@ -568,7 +568,7 @@ def open_model(stage, path, facts, clip_name=None, device="cpu", attention="mask
         model = DeepLabV2.load(path, device)
     else:
         model = ReCLIP.load(path, clip, device)
-    if facts.classes not in ((), model.class_names):
+    if facts.classes and facts.classes != model.class_names:
         raise ValueError(f"{path} was made for other classes than are asked for: "
                          f"{', '.join(model.class_names)}")
     return model

@@ -29,7 +29,8 @@ Symbols
     Z    features            (B, D, h, w)  CLIP's patch features, each of length 1
     W_q  query text features (C, D)        rows of length 1
     W_r  reference features  (C, D)        rows of length about 1 / sqrt(C)
-    M_q, M_r, M_p, M_b, M    logits        (B, C, h, w)
+    M_q, M_r, M_b, M    logits   (B, C, h, w)
+    M_p  positional logits  (1, C, h, w)   the same for all images; (1, 1, h, w) with one channel
     (The paper writes n x C for one image. We keep the grid, h x w = n, and the batch.)
 
 Four numbers turn cosines into probabilities; each has its own task (values: VOC's):
@@ -52,8 +53,8 @@ Copied elsewhere (with clip_model.py), it is used like this:
     logits = model.eval()(image).rectified                                   # (1, C, h, w)
     mask = segment(logits, model.output_stride, (H, W), (H, W))              # (H, W) uint8
 
-Where the paper and its authors' released code differ, a comment says so and a named argument
-offers both.
+Where the paper and its authors' released code differ, a comment says so; where both are worth a
+run, a named argument chooses.
 """
 
 import hashlib
@@ -189,7 +190,7 @@ class ReferencePrompt(nn.Module):
 # --- Sec. 3.3: the positional net, space-preference bias ------------------------------------------
 
 class PositionalBias(nn.Module):
-    """Sec. 3.3: three 3x3 convolutions with batch norm, p (1, E_v, h, w) -> M_p (1, C or 1, h, w).
+    """Sec. 3.3: three 3x3 convolutions with batch norm, p (1, E_v, h, w) -> M_p (1, C, h, w).
 
     CLIP is better at the center of an image than near its border (Fig. 1a): presumably because
     people photograph what they name, and put it there. What CLIP is told of places is its
@@ -200,8 +201,8 @@ class PositionalBias(nn.Module):
         cancels in every softmax and argmax over classes: it changes no mask and receives no
         gradient. The released code has C, one per class, and so do we; 1 is offered as the paper's
         text.
-    last_relu: released: a ReLU behind the last batch norm too, hence M_p >= 0. The paper: not said.
-    gain: fixed factor on the output (ours; 1 is the paper's). Behind a batch norm M_p starts with a
+    last_relu: released: a ReLU after the last batch norm too, hence M_p >= 0. The paper: not said.
+    gain: fixed factor on the output (ours; 1 is the paper's). After a batch norm M_p starts with a
         spread of about 1, while the cosines of different classes differ by hundredths. In the short
         training of shapes it would swamp them. A small factor makes M_p start small and, since
         gradients carry it too, move calmly.
@@ -212,7 +213,7 @@ class PositionalBias(nn.Module):
         sizes = (width, 512, 256, channels)                             # as released
         layers = []
         for size_in, size_out in zip(sizes, sizes[1:]):
-            # no bias: the batch norm behind the convolution has one
+            # no bias: the batch norm after the convolution has one
             conv = nn.Conv2d(size_in, size_out, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             layers += [conv, nn.BatchNorm2d(size_out), nn.ReLU()]
@@ -231,9 +232,8 @@ class PositionalBias(nn.Module):
 def bias_logits(reference_logits, positional_logits):
     """Eq. (2): M_b = M_r + M_p*.
 
-    M_r (B, C, h, w) depends on what a patch shows, M_p (1, 1 or C, h, w) on where it is. The
-    star is the expansion of M_p over images (and classes, if it has one channel), done by
-    broadcasting.
+    M_r (B, C, h, w) depends on what a patch shows, M_p (1, C, h, w) on where it is. The star is
+    the expansion of M_p over images (and classes, if it has one channel), done by broadcasting.
     """
     return reference_logits + positional_logits
 
@@ -241,8 +241,9 @@ def bias_logits(reference_logits, positional_logits):
 def rectify_logits(query_logits, bias, subtract=True):
     """Eq. (3): M = M_q - M_b, all (B, C, h, w): what CLIP says, minus what it would say anyway.
 
-    subtract: False adds M_b instead (Table 5). The net could learn the other sign; the paper finds
-        the fixed minus to be a useful prior.
+    subtract: False adds M_b instead (Table 5). A bias that is free could take either sign. Ours is
+        not: M_p >= 0, and W_r must come from texts. So plus and minus are different models; the
+        paper measures minus to be better and speculates that it is the better prior.
     """
     if subtract:
         return query_logits - bias
@@ -327,13 +328,13 @@ class Logits(NamedTuple):
     """What ReCLIP says of each patch, part by part."""
     query: torch.Tensor       # M_q (B, C, h, w), cosines
     reference: torch.Tensor   # M_r (B, C, h, w)
-    positional: torch.Tensor  # M_p (1, 1 or C, h, w)
+    positional: torch.Tensor  # M_p (1, C, h, w), or (1, 1, h, w) with one channel
     rectified: torch.Tensor   # M   (B, C, h, w)
     features: torch.Tensor    # Z   (B, D, h, w), each patch of length 1
 
 
 def _forget_cache(model, incompatible_keys):
-    """Hook behind load_state_dict: what was computed from the old weights is no longer true."""
+    """Hook after load_state_dict: what was computed from the old weights is no longer true."""
     model._cache.clear()
 
 
@@ -350,7 +351,7 @@ class ReCLIP(nn.Module):
         positional net (Table 4's second row).
     tau: temperature of Eq. (5); None for 1 / (CLIP's own logit scale), which is 0.01 for OpenAI's.
     attention: how CLIP's last block is read, one of clip_model.ATTENTIONS.
-    query_learnable: Table 3: a learnt prompt behind M_q too. Both prompts start alike, so that M_q
+    query_learnable: Table 3: a learnt prompt for M_q too. Both prompts start alike, so that M_q
         and M_r differ only in scale at first. Eq. (5) still compares with CLIP's own W_q (ours): a
         loss that could move its own targets would have a trivial minimum.
     subtract: Table 5: False adds the bias.
@@ -475,7 +476,7 @@ class ReCLIP(nn.Module):
         return W_q, W_r
 
     def positional_logits(self, h, w):
-        """M_p on a grid of h x w patches, (1, 1 or C, h, w); zeros without a positional net."""
+        """M_p on a grid of h x w patches, (1, C, h, w); (1, 1, h, w) zeros without a net."""
         if self.positional is None:
             return self.W_q.new_zeros(1, 1, h, w)
         p = self.clip.visual.positional_grid(h, w)                      # (1, E_v, h, w)
@@ -494,7 +495,7 @@ class ReCLIP(nn.Module):
         W_q, W_r = self.heads()                                         # (C, D) each
         M_q = segmentation_logits(Z, W_q)                               # (B, C, h, w)
         M_r = segmentation_logits(Z, W_r)                               # (B, C, h, w)
-        M_p = self.positional_logits(*Z.shape[2:])                      # (1, 1 or C, h, w)
+        M_p = self.positional_logits(*Z.shape[2:])                      # (1, C, h, w)
         M_b = bias_logits(M_r, M_p)                                     # (B, C, h, w)
         M = rectify_logits(M_q, M_b, self.subtract)                     # (B, C, h, w)
         return Logits(M_q, M_r, M_p, M, Z)
@@ -646,9 +647,11 @@ def centers_on_grid(pixels, side, cells, output_stride, device):
     cells * output_stride of them. grid_sample counts from -1 (left edge of the grid) to 1 (right
     edge). What lies beyond the center of an outermost cell takes that cell's value.
     """
-    centers = torch.arange(pixels, device=device) + 0.5
-    places = centers * (2 * side / pixels / (cells * output_stride)) - 1
-    return places.clamp(1 / cells - 1, 1 - 1 / cells)
+    centers = torch.arange(pixels, device=device) + 0.5             # 0.5, 1.5, ...: of the mask
+    grid_side = cells * output_stride                               # in pixels of the seen image
+    positions = centers * (2 * side / pixels / grid_side) - 1       # -1 .. 1 over the grid
+    half_cell = 1 / cells
+    return positions.clamp(half_cell - 1, 1 - half_cell)
 
 
 def segment(
@@ -685,8 +688,8 @@ def segment(
     rows_at_once = max(1, 2 ** 24 // (C * len(x)))
     strips = []
     for y_strip in y.split(rows_at_once):
-        places = torch.stack(torch.meshgrid(x, y_strip, indexing="xy"), -1)     # (rows, W0, 2)
-        pixels = F.grid_sample(logits, places[None], align_corners=False)[0]    # (C, rows, W0)
+        positions = torch.stack(torch.meshgrid(x, y_strip, indexing="xy"), -1)  # (rows, W0, 2)
+        pixels = F.grid_sample(logits, positions[None], align_corners=False)[0] # (C, rows, W0)
 
         # The best class of each pixel, among those that denoising has left.
         dropped = ~kept[:, None, None]                                          # (C, 1, 1)
@@ -706,13 +709,23 @@ def segment(
 # The student has .features, .rectify and .to_pixels, as ReCLIP has; deeplab.py holds the paper's.
 #
 # Eq. (6) and (7) speak of maps at the image's size. At 512 x 512 pixels the features alone are
-# 512 x 262,144 numbers per image, twice. So both losses go through them in groups: a group is
-# enlarged, reduced to a number, forgotten, and enlarged once more in backward
-# (torch.utils.checkpoint). The sum is the same.
+# 512 x 262,144 numbers per image, twice. So both losses are summed over groups (of images, of
+# channels): a group is enlarged, reduced to a number and forgotten. The sum is the same.
 
-def recomputed(function, *inputs):
-    """function(*inputs), of which nothing is kept for backward but the inputs."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+def sum_over_groups(function, groups, *others):
+    """The sum of function(*group, *others) over all groups, with one of them in memory at a time.
+
+    For that, backward computes each group once more (torch.utils.checkpoint). A single group is
+    computed as usual.
+    """
+    if len(groups) == 1:
+        return function(*groups[0], *others)
+    total = 0
+    for group in groups:
+        total = total + checkpoint(
+            function, *group, *others, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
 
 
 def summed_cross_entropy(student_logits, pseudo_labels, tau, to_pixels):
@@ -737,17 +750,10 @@ def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, piece=2 ** 2
         size.
     -> scalar, the mean over all pixels of all images
     """
-    B, C = student_logits.shape[:2]
+    C = student_logits.shape[1]
     images_at_once = max(1, piece // (C * pseudo_labels[0].numel()))
-    if images_at_once >= B:
-        total = summed_cross_entropy(student_logits, pseudo_labels, tau, to_pixels)
-        return total / pseudo_labels.numel()
-
-    groups = zip(student_logits.split(images_at_once), pseudo_labels.split(images_at_once))
-    total = 0
-    for logits, labels in groups:
-        total = total + recomputed(summed_cross_entropy, logits, labels, tau, to_pixels)
-    return total / pseudo_labels.numel()
+    groups = list(zip(student_logits.split(images_at_once), pseudo_labels.split(images_at_once)))
+    return sum_over_groups(summed_cross_entropy, groups, tau, to_pixels) / pseudo_labels.numel()
 
 
 def summed_l1(Z, Z_student, size, to_pixels, student_to_pixels):
@@ -778,17 +784,10 @@ def feature_guided_loss(Z, Z_student, size, to_pixels, student_to_pixels, piece=
         nothing beside Eq. (6).
     """
     H, W = size
-    B, D = Z.shape[:2]
+    B = len(Z)
     channels_at_once = max(1, piece // (B * H * W))
-    if channels_at_once >= D:
-        total = summed_l1(Z, Z_student, size, to_pixels, student_to_pixels)
-        return total / (B * H * W)
-
-    groups = zip(Z.split(channels_at_once, dim=1), Z_student.split(channels_at_once, dim=1))
-    total = 0
-    for z, z_student in groups:
-        total = total + recomputed(summed_l1, z, z_student, size, to_pixels, student_to_pixels)
-    return total / (B * H * W)
+    groups = list(zip(Z.split(channels_at_once, 1), Z_student.split(channels_at_once, 1)))
+    return sum_over_groups(summed_l1, groups, size, to_pixels, student_to_pixels) / (B * H * W)
 
 
 def text_guided_loss(student_logits, Z_student, W_q, labels, tau_1, tau, pool="global"):

@@ -92,9 +92,9 @@ def train_rectification(model, split, labels, settings, run):
     )
 
     augment = Augment(
-        settings.long_side,
-        settings.rectify_short_side,
-        settings.crop,
+        long_side=settings.long_side,
+        short_side=settings.rectify_short_side,
+        crop=settings.crop,
         flip=settings.flip,
         photometric=settings.photometric,
     )
@@ -148,7 +148,7 @@ def train_rectification(model, split, labels, settings, run):
         optimizer.step()
 
         run.log(step, loss, lr)
-        if run.time_to_save(step):
+        if run.end_step(step):
             model.save(run.checkpoint)
             run.save_state(step)
     return model.eval()
@@ -159,8 +159,8 @@ def train_rectification(model, split, labels, settings, run):
 def train_distillation(teacher, student, split, labels, settings, run):
     """Sec. 3.5: the rectified CLIP teaches DeepLab V2; writes <out>/distill.pt.
 
-    Patches of 16 pixels cannot draw an outline, and CLIP was not made to segment. The student is:
-    its grid is twice as fine, and it learns from the teacher's opinion of very many images.
+    Patches of 16 pixels cannot draw an outline, and CLIP was not made to segment. DeepLab V2 was:
+    its grid is twice as fine as CLIP's, and it learns what the teacher says of very many images.
 
     teacher: a ReCLIP, frozen.
     student: a DeepLabV2.
@@ -173,13 +173,13 @@ def train_distillation(teacher, student, split, labels, settings, run):
         parameters, settings.distill_lr, settings.momentum, weight_decay=settings.weight_decay
     )
 
-    # Resized so that an image is never smaller than the crop (if its sides differ by no more than
-    # 4:1). Otherwise it would be padded with grey, and the student would learn what the teacher
-    # says of grey (ours).
+    # The shorter side becomes 1 to 2 times the crop, so that an image of up to 4:1 fills the crop.
+    # A smaller one would be padded with grey, and the student would learn what the teacher says of
+    # grey (ours).
     augment = Augment(
-        settings.long_side,
-        settings.distill_crop,
-        settings.distill_crop,
+        long_side=settings.long_side,
+        short_side=settings.distill_crop,
+        crop=settings.distill_crop,
         ratio=(1.0, 2.0),
         flip=settings.flip,
         photometric=settings.photometric,
@@ -213,24 +213,26 @@ def train_distillation(teacher, student, split, labels, settings, run):
         # What the teacher says. Its masks are the pseudo-labels M~: every pixel gets a class, and
         # none is looked up anywhere.
         with torch.no_grad():
-            taught = teacher(images)                                             # Logits
-            pseudo_labels = teacher.to_pixels(taught.rectified, *size).argmax(1)     # (B, H, W)
+            teacher_logits = teacher(images)            # Logits: .rectified is M, .features is Z
+            M = teacher.to_pixels(teacher_logits.rectified, *size)               # (B, C, H, W)
+            pseudo_labels = M.argmax(1)                                          # (B, H, W)
 
         # What the student says of the same images, and how far it is from that. On a GPU its
         # convolutions run in bf16; its head and the text-guided loss stay in fp32 by themselves.
         with torch.autocast(run.device_type, torch.bfloat16, enabled=run.device_type == "cuda"):
-            answer = student(images)                                             # Logits
+            student_logits = student(images)            # Logits: .rectified is M^D, .features is Z^
 
             # Eq. (6): each pixel should get the class that the teacher gave it.
             mask_loss = mask_guided_loss(
-                answer.rectified, pseudo_labels, mask_tau, student.to_pixels
+                student_logits.rectified, pseudo_labels, mask_tau, student.to_pixels
             )
 
             # Eq. (7): its features should be the teacher's, since its head is made of CLIP's texts.
             feature_loss = 0
             if settings.alpha:
                 feature_loss = feature_guided_loss(
-                    taught.features, answer.features, size, teacher.to_pixels, student.to_pixels
+                    teacher_logits.features, student_logits.features, size,
+                    teacher.to_pixels, student.to_pixels,
                 )
 
             # Eq. (4)-(5) again: what lies under the student's own masks should look like their
@@ -238,7 +240,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
             text_loss = 0
             if settings.beta:
                 text_loss = text_guided_loss(
-                    answer.rectified, answer.features, teacher.W_q, present,
+                    student_logits.rectified, student_logits.features, teacher.W_q, present,
                     teacher.tau_1, teacher.tau, teacher.pool,
                 )
 
@@ -254,7 +256,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
         optimizer.step()
 
         run.log(step, loss, lr)
-        if run.time_to_save(step):
+        if run.end_step(step):
             student.save(run.checkpoint)
             run.save_state(step)
     return student.eval()
@@ -345,7 +347,7 @@ def new_student(teacher, settings, seed):
     with torch.no_grad():
         W_q, W_r = teacher.heads()                                      # (C, D) each
         M_p = None
-        if head.endswith("positional"):
+        if "positional" in head:
             grid = teacher.clip.visual.grid
             M_p = teacher.positional_logits(grid, grid)                 # (1, 1 or C, grid, grid)
 
@@ -442,7 +444,7 @@ class Run:
             run.require_finite(step, loss, parameters, names)    # NaN ends the run before the step
             optimizer.step()
             run.log(step, loss, lr)
-            if run.time_to_save(step):                           # every epoch, the end, Ctrl-C
+            if run.end_step(step):                       # every epoch, at the end, before a stop
                 model.save(run.checkpoint)
                 run.save_state(step)
 
@@ -469,10 +471,10 @@ class Run:
         self.state_path = self.out / f"{stage}_state.pt"
         self.log_path = self.out / f"{stage}_log.csv"
         self.asked_to_stop = False  # this process got a signal
-        self.stopping = False       # all processes know it: the run ends behind this step
+        self.stopping = False       # all processes know it: the run ends after this step
 
     def begin(self, modules, optimizer, steps, images_per_step, images_per_epoch):
-        """Takes the run to its first step: 0, or the one behind the last that was saved.
+        """Takes the run to its first step: 0, or the one after the last that was saved.
 
         modules: {name: module}, what learns; with the optimizer, what is saved and resumed.
         steps: how many in all, of images_per_step images; images_per_epoch: how often to save.
@@ -503,7 +505,7 @@ class Run:
         """
         loader = DataLoader(
             stream,
-            batch_sampler=self.places(batch_size),
+            batch_sampler=self.item_numbers(batch_size),
             num_workers=self.workers,
             pin_memory=self.device_type == "cuda",
         )
@@ -519,8 +521,8 @@ class Run:
                     raise KeyboardInterrupt
         self.report()
 
-    def places(self, batch_size):
-        """Where in the stream the images of each step stand."""
+    def item_numbers(self, batch_size):
+        """The numbers of the stream's items that each step takes."""
         for step in range(self.first, self.steps):
             start = (step * self.processes + self.rank) * batch_size
             yield range(start, start + batch_size)
@@ -529,7 +531,7 @@ class Run:
     def stop_signals(self):
         """Within, Ctrl-C and SIGTERM let the step in progress end and be saved.
 
-        A signal that comes too late for that, behind time_to_save, counts for the next step.
+        A signal that comes too late for that, after end_step, counts for the next step.
         """
         def ask(*unused):
             self.asked_to_stop = True
@@ -566,11 +568,12 @@ class Run:
         if self.rank == 0:
             self.progress(step + 1, f"loss {value:.4f}  lr {lr:.2e}  ")
 
-    def time_to_save(self, step):
-        """True about once an epoch, behind the last step, and when the run was asked to stop.
+    def end_step(self, step):
+        """Agrees with the other processes whether to stop now. -> whether this process shall save
 
-        Only process 0 writes. A stop that reached one process stops all behind the same step: one
-        that ended alone would leave the others waiting for its gradients.
+        Saved is about once an epoch, after the last step, and before a stop; only process 0 writes.
+        A stop that reached one process stops all after the same step: one that ended alone would
+        leave the others waiting for its gradients.
         """
         self.stopping = self.asked_to_stop
         if self.processes > 1:
@@ -611,12 +614,12 @@ class Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             step = int(state["step"])
-            known = state["identity"]
+            saved_identity = state["identity"]
             written_by = state["versions"]["torch"]
             changed = []
             for key, value in self.identity.items():
-                if known.get(key) != value:
-                    changed.append(f"{key} was {known.get(key)!r}, now {value!r}")
+                if saved_identity.get(key) != value:
+                    changed.append(f"{key} was {saved_identity.get(key)!r}, now {value!r}")
             if not changed:
                 for name, module in self.modules.items():
                     module.load_state_dict(state["modules"][name])
@@ -896,9 +899,9 @@ def main(argv=None):
 
     split = open_training_images(args.data, args.root, args.download, args.cache, args.workers)
     labels_path = args.out / "image_labels.json"  # one file for all: they depend on CLIP alone
-    how = (args.seed, args.resume, args.device, args.workers)
-    rectification = Run("rectify", args.out, {}, *how)
-    distillation = Run("distill", args.out, {}, *how)
+    run_options = (args.seed, args.resume, args.device, args.workers)
+    rectification = Run("rectify", args.out, {}, *run_options)
+    distillation = Run("distill", args.out, {}, *run_options)
 
     if args.stage == "rectify":
         rectify_stage(facts, settings, split, args.clip, labels_path, rectification)
@@ -909,13 +912,13 @@ def main(argv=None):
     else:
         # The second row of the table: the Reference without the positional net.
         without_positional = dataclasses.replace(settings, positional_channels=0)
-        reference_only = Run("rectify", args.out / "reference_only", {}, *how)
+        reference_only = Run("rectify", args.out / "reference_only", {}, *run_options)
 
         # With --resume, a run that had not been begun has no state: it begins now.
         for run in (reference_only, rectification, distillation):
             run.resume = run.resume and run.state_path.is_file()
 
-        plain = rectify_stage(
+        reference_model = rectify_stage(
             facts, without_positional, split, args.clip, labels_path, reference_only
         )
         model = rectify_stage(facts, settings, split, args.clip, labels_path, rectification)
@@ -929,7 +932,7 @@ def main(argv=None):
         earlier = [(model, "clip"), (model, "rectify")]  # drawn beside the student
         rows = [
             ("MaskCLIP (Query only)", model, "clip", args.out, []),
-            ("+ Reference", plain, "rectify", reference_only.out, []),
+            ("+ Reference", reference_model, "rectify", reference_only.out, []),
             ("+ Reference + positional", model, "rectify", args.out, earlier[:1]),
             ("distilled", student, "distill", args.out, earlier),
         ]

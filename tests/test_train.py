@@ -94,7 +94,7 @@ def test_a_signal_behind_the_save_counts_for_the_next_step(tmp_path):
     saves = []
     with pytest.raises(KeyboardInterrupt):
         for step, _, _ in run.batches(Stream(), 1):
-            saves.append((step, run.time_to_save(step)))
+            saves.append((step, run.end_step(step)))
             if step == 1:
                 signal.raise_signal(signal.SIGTERM)
     assert saves == [(0, False), (1, False), (2, True)]
