@@ -12,6 +12,7 @@ What stands here, from top to bottom
       .value_path             its last layer as MaskCLIP and ReCLIP read it (Sec. 3.1)
       .read_patches           that, and how later papers read it (ATTENTIONS)
     VisionTransformer         image -> tokens; its positional embedding is p of Sec. 3.3
+    second_reading            the same weights, run with another activation or class token
     CLIP                      the model; its parameter names are the keys of OpenAI's checkpoints
       .encode_image           (B, 3, H, W) -> (B, D)        one vector per image
       .encode_image_dense     (B, 3, H, W) -> (B, D, h, w)  one vector per patch: Z of Sec. 3.1
@@ -29,6 +30,7 @@ Symbols
     E_t  width of the text transformer                                     (ViT-B/16: 512)
     E    either of the two, in the layers that both transformers are made of
     T    tokens in a sequence: 1 + n for an image (the class token comes first), up to 77 for a text
+         (encode_prompted packs the texts of all classes into one longer sequence)
     SOT, EOT    the tokens "start of text" and "end of text"
 
 To copy this file elsewhere: pip install torch ftfy regex. Nothing else of this project is needed.
@@ -59,6 +61,7 @@ Sources: Radford et al., "Learning Transferable Visual Models From Natural Langu
 "Sec." and "Eq." are the ReCLIP paper's; "released" is its authors' code; "ours" was chosen here.
 """
 
+import copy
 import gzip
 import hashlib
 import html
@@ -100,12 +103,14 @@ FILES = {
 }
 
 
-def normalize_pixels(images, mean=MEAN, std=STD):
+def normalize_pixels(images, mean=MEAN, std=STD, valid=None):
     """Subtracts the mean and divides by the standard deviation of each color.
 
     Args:
         images: (..., 3, H, W), floating point, in [0, 1].
         mean, std: three numbers each, of the images that the network was trained on.
+        valid: (..., H, W) bool, where the image is: what lies outside is padding, and becomes 0,
+            the mean color. None: everywhere.
 
     Returns: the same shape; about zero on average. (F.normalize is something else: it makes
     vectors of length 1.)
@@ -118,7 +123,10 @@ def normalize_pixels(images, mean=MEAN, std=STD):
 
     mean = images.new_tensor(mean).view(3, 1, 1)
     std = images.new_tensor(std).view(3, 1, 1)
-    return (images - mean) / std
+    images = (images - mean) / std
+    if valid is not None:
+        images = images.masked_fill(~valid.unsqueeze(-3), 0)
+    return images
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,8 +317,7 @@ class QuickGELU(nn.Module):
     """
 
     def forward(self, x):
-        # In place on the tensor that 1.702 * x has just made: the widest tensors of the network
-        # are those inside the MLP, and this needs one fewer of them.
+        # sigmoid_ overwrites the temporary 1.702 * x: one tensor of (B, T, 4 E) fewer in memory.
         return x * (1.702 * x).sigmoid_()
 
 
@@ -453,8 +460,8 @@ class ResidualAttentionBlock(nn.Module):
         if attention == "maskclip":
             return self.value_path(x[:, 1:])
 
-        # The other three keep attention, but between vectors of one kind. A patch then usually
-        # resembles itself, and the patches that look like it: they average over their own object.
+        # The other three keep attention, but between vectors of one kind. A patch then reads mostly
+        # itself and the patches that look like it, so it averages over its own object.
         # The class token is read like a patch, but it reads nothing: only patches are wanted.
         y = self.ln_1(x)
         v = self.attn.project(y, VALUE)                             # (B, heads, 1 + n, E / heads)
@@ -576,6 +583,35 @@ class VisionTransformer(nn.Module):
         return x, size
 
 
+def second_reading(visual, exact_gelu=False, class_token=None, eps=None):
+    """The same image tower once more, to be run in another way; its weights are not copied.
+
+    The authors of ReCLIP read patches with another activation than CLIP was trained with, and in
+    their published files also with a class token of its own. Whole images are still encoded as
+    usual. So the tower exists twice on the same parameters, and each of the two is an ordinary
+    VisionTransformer: nothing in the forward pass has to ask which of them is meant.
+
+    Args:
+        visual: a CLIP's .visual; it stays as it is.
+        exact_gelu: x * Phi(x) in the MLPs, in place of what `visual` has.
+        class_token: (E_v,) in place of class_embedding; None: the same.
+        eps: of the two layer norms of each block; None: the same.
+    """
+    # deepcopy asks this table before it copies anything: so the parameters are shared.
+    shared = {id(parameter): parameter for parameter in visual.parameters()}
+    tower = copy.deepcopy(visual, shared)
+
+    if class_token is not None:
+        tower.class_embedding = nn.Parameter(class_token.clone(), requires_grad=False)
+    for block in tower.transformer.resblocks:
+        if exact_gelu:
+            block.mlp.gelu = nn.GELU()
+        if eps is not None:
+            block.ln_1.eps = eps
+            block.ln_2.eps = eps
+    return tower
+
+
 # --------------------------------------------------------------------------------------------------
 # CLIP
 # --------------------------------------------------------------------------------------------------
@@ -654,7 +690,7 @@ class CLIP(nn.Module):
         x = last(x, rows=[0])[:, 0]                                 # (B, E_v)
         return self.visual.ln_post(x) @ self.visual.proj            # (B, D)
 
-    def encode_image_dense(self, images, attention="maskclip"):
+    def encode_image_dense(self, images, attention="maskclip", visual=None):
         """One vector per patch, in the space of the texts: Z of Sec. 3.1 before it is normalized.
 
         The class token is dropped, and the last block is read so that each patch keeps what it
@@ -664,6 +700,7 @@ class CLIP(nn.Module):
         Args:
             images: (B, 3, H, W), normalized (normalize_pixels); any size.
             attention: one of ATTENTIONS; "maskclip" is the paper's.
+            visual: a second_reading of this CLIP's image tower; None: the tower itself.
 
         Returns: (B, D, h, w), h = ceil(H / patch), w = ceil(W / patch); vectors not of length 1.
         """
@@ -671,10 +708,11 @@ class CLIP(nn.Module):
             raise ValueError(f"attention is {attention!r}; it must be one of "
                              f"{', '.join(ATTENTIONS)}")
 
-        x, size = self.visual.before_last(images)                   # (B, 1 + n, E_v)
-        last = self.visual.transformer.resblocks[-1]
+        visual = visual or self.visual
+        x, size = visual.before_last(images)                        # (B, 1 + n, E_v)
+        last = visual.transformer.resblocks[-1]
         x = last.read_patches(x, size, attention)                   # (B, n, E_v)
-        x = self.visual.ln_post(x) @ self.visual.proj               # (B, n, D)
+        x = visual.ln_post(x) @ visual.proj                         # (B, n, D)
         return x.transpose(1, 2).unflatten(2, size)                 # (B, D, h, w)
 
     def to_pixels(self, grid, height, width):
@@ -725,7 +763,7 @@ class CLIP(nn.Module):
         x = x[torch.arange(len(x)), end]                            # (N, E_t)
         return self.ln_final(x) @ self.text_projection              # (N, D)
 
-    def encode_prompted(self, prompt, name_tokens):
+    def encode_prompted(self, prompt, endings):
         """One vector per class: the texts [SOT] v_1 .. v_L [name] [EOT] of Eq. (1).
 
         In place of words such as "a photo of a", these texts begin with L vectors that need not be
@@ -734,9 +772,10 @@ class CLIP(nn.Module):
         Args:
             prompt: v_1 .. v_L, (L, E_t), the same for all classes. (Sec. 3.2 calls their width D.
                 They stand in the place of words, so it is E_t; in ViT-B/16 both are 512.)
-            name_tokens: for each class the token ids of its name (C lists of int).
+            endings: for each class the token ids after the prompt, which are those of its name and
+                EOT (C lists of int). The state of the last one is the vector of the text.
 
-        Returns: (C, D), not of length 1: the states of the C EOTs.
+        Returns: (C, D), not of length 1.
 
         The values are those of encoding one text after the other, at about a tenth of the time.
         All texts begin with the same SOT v_1 .. v_L, and in a causal tower the states of these
@@ -748,37 +787,36 @@ class CLIP(nn.Module):
 
                       SOT v_1 v_2 | cat EOT | potted plant EOT          (L = 2, two names)
             position    0   1   2 |  3   4  |    3     4    5     which positional embedding
-            text       -1  -1  -1 |  0   0  |    1     1    1     whose token; -1: everybody's
+            owner      -1  -1  -1 |  0   0  |    1     1    1     whose token; -1: the prompt's
 
         So "plant" reads SOT, v_1, v_2, "potted" and itself.
         """
-        # The two rows of the example above, and where the EOTs stand in the sequence.
+        # The two rows of the example above, and where the last tokens stand in the sequence.
         prefix_length = 1 + len(prompt)
         positions = list(range(prefix_length))
-        texts = [-1] * prefix_length
-        name_ids = []   # token ids of all names, each with its EOT
-        eot_places = []
-        for c, name in enumerate(name_tokens):
-            length = len(name) + 1
-            name_ids += [*name, self.eot]
-            positions += range(prefix_length, prefix_length + length)
-            texts += [c] * length
-            eot_places.append(len(positions) - 1)
+        owners = [-1] * prefix_length
+        token_ids = []  # of all endings
+        last_places = []
+        for c, ending in enumerate(endings):
+            token_ids += ending
+            positions += range(prefix_length, prefix_length + len(ending))
+            owners += [c] * len(ending)
+            last_places.append(len(positions) - 1)
 
         device = prompt.device
         position = torch.tensor(positions, device=device)                       # (T,)
-        text = torch.tensor(texts, device=device)                               # (T,)
-        name_ids = torch.tensor(name_ids, device=device)                        # (T - 1 - L,)
-        eot = torch.tensor(eot_places, device=device)                           # (C,)
+        owner = torch.tensor(owners, device=device)                             # (T,)
+        token_ids = torch.tensor(token_ids, device=device)                      # (T - 1 - L,)
+        ends = torch.tensor(last_places, device=device)                         # (C,)
 
         # mask[i, j]: may token i (row) read token j (column)?
         not_after = position <= position[:, None]                               # (T, T)
-        everybodys = text == -1                                                 # (T,)
-        same_text = text == text[:, None]                                       # (T, T)
-        mask = not_after & (everybodys | same_text)                             # (T, T)
+        of_prompt = owner == -1                                                 # (T,)
+        same_owner = owner == owner[:, None]                                    # (T, T)
+        mask = not_after & (of_prompt | same_owner)                             # (T, T)
 
         start = self.token_embedding.weight[self.sot][None]                     # (1, E_t)
-        names = self.token_embedding(name_ids)                                  # (T - 1 - L, E_t)
+        names = self.token_embedding(token_ids)                                 # (T - 1 - L, E_t)
         x = torch.cat([start, prompt, names]) + self.positional_embedding[position]
         x = x[None]                                                             # (1, T, E_t)
 
@@ -786,8 +824,8 @@ class CLIP(nn.Module):
         for block in blocks:
             x = block(x, mask)
 
-        # Nothing comes after the last block, so it is computed for the EOTs alone.
-        x = last(x, mask[eot], rows=eot)[0]                                     # (C, E_t)
+        # Nothing comes after the last block, so it is computed for the last tokens alone.
+        x = last(x, mask[ends], rows=ends)[0]                                   # (C, E_t)
         return self.ln_final(x) @ self.text_projection                          # (C, D)
 
     # ---- Weights ----
@@ -1027,6 +1065,15 @@ def read_state(path):
                 merges = tensors.get("merges")
                 tensors = tensors["state_dict"]
 
+        # What ReCLIP's authors published holds a whole CLIP beside what was learnt.
+        prefix = "module.clip."
+        if any(key.startswith(prefix) for key in tensors):
+            tensors = {
+                key.removeprefix(prefix): value
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+
         # OpenAI's archives hold three plain numbers beside the weights; the shapes say the same.
         state = {}
         for key, value in tensors.items():
@@ -1080,8 +1127,9 @@ def load_clip(name_or_path="ViT-B/16", device="cpu", quick_gelu=True):
 
     Args:
         name_or_path: "ViT-B/16" (in $CLIP_HOME, or downloaded; checked by sha256), or a file: one
-            of OpenAI's TorchScript archives of a ViT, or a plain state dict, possibly as
-            {"state_dict": ..., "merges": [...]} with its own tokenizer.
+            of OpenAI's TorchScript archives of a ViT; a plain state dict, possibly as
+            {"state_dict": ..., "merges": [...]} with its own tokenizer; or a rectification that
+            ReCLIP's authors published, of which the CLIP inside is taken.
         device: where the model is to be.
         quick_gelu: False for OpenCLIP's LAION weights, which were trained with the exact GELU.
 
@@ -1163,7 +1211,8 @@ def tour():
     tokens = clip.tokenize([f"a photo of a {name}" for name in names])
     texts = clip.encode_text(tokens)
     prompt = clip.token_embedding.weight[:5]
-    prompted = clip.encode_prompted(prompt, [clip.tokenizer.encode(name) for name in names])
+    endings = [[*clip.tokenizer.encode(name), clip.eot] for name in names]
+    prompted = clip.encode_prompted(prompt, endings)
     show("tokenize", tokens, "(N, context_length): [SOT] ids [EOT] 0 ..")
     show("encode_text", texts, "(N, D): one vector per text")
     show("encode_prompted", prompted, "(C, D): the texts of Eq. (1)")

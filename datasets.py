@@ -2,7 +2,7 @@
 
 What stands here, from top to bottom
     DATA, own_facts          facts of each data set: class names, colors, evaluation protocol
-    SETTINGS                 the hyper-parameters of training on each data set, with their sources
+    SETTINGS, RECIPE_SIZES   the hyper-parameters on each data set, with their sources
     LAYOUTS, open_split      where the files of a data set lie; one split of it, opened
     Files, Folder            a split on disk: images, truth, names; your own images, without truth
     Augment                  the training transform of Sec. 4.1: random crop, random flip
@@ -24,12 +24,13 @@ Sources of numbers: "Sec. 4.1" = the paper, "released" = its authors' code, "our
 
 Copied elsewhere (it needs torch, torchvision, numpy and Pillow), it is used like this:
 
-    stream = TrainingStream(open_split("voc", "data", "train"), Augment(2048, 336, 336), seed=0)
-    for images, names in DataLoader(stream, batch_size=4, sampler=range(4000)):
-        ...                                          # images: float (4, 3, 336, 336) in [0, 1]
+    augment = Augment(long_side=2048, short_side=512, crop=512)
+    stream = TrainingStream(open_split("voc", "data", "train"), augment, seed=0)
+    for images, valid, names in DataLoader(stream, batch_size=4, sampler=range(4000)):
+        ...                               # 1000 times; images: float (4, 3, 512, 512) in [0, 1]
 
-    for image, truth, name in Evaluation(open_split("voc", "data", "val"), short_side=336):
-        ...                                          # image float (3, H', W'), truth uint8 (H, W)
+    for image, truth, name in Evaluation(open_split("voc", "data", "val"), 2048, 512):
+        ...                               # image float (3, H', W'), truth uint8 (H, W)
 """
 
 import argparse
@@ -49,6 +50,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.datasets.utils import check_integrity, download_url
@@ -138,13 +140,10 @@ def voc_palette():
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is fixed for a data set when a number is reported on it (its evaluation protocol)."""
+    """What is fixed for a data set, whatever the recipe."""
     name: str                 # the key in DATA, or the folder of your own images as it was given
     classes: tuple            # C names, in the order of the class indices
     palette: list             # C colors (r, g, b)
-    short_side: int           # pixels; for evaluation images are resized to it (released)
-    denoise: float            # a class that reaches this probability nowhere in an image is
-                              # dropped (released); 0: off
     background: str           # in words: which pixels are not evaluated
     clip: str                 # default weights: a name that load_clip knows, or a file
     splits: tuple = ("val",)  # those that eval.py may report on
@@ -156,8 +155,6 @@ DATA = {
         name="shapes",
         classes=SHAPES_CLASSES,
         palette=SHAPES_PALETTE,
-        short_side=64,
-        denoise=0.0,
         background="ground pixels are ignored, 8 classes",
         clip=str(Path(__file__).with_name("shapes_clip.pt")),
         splits=("val", "test"),
@@ -167,8 +164,6 @@ DATA = {
         name="voc",
         classes=VOC_CLASSES,
         palette=voc_palette()[1:21],
-        short_side=336,
-        denoise=0.5,
         background="pixels labelled background (0) or void (255) are ignored, 20 classes",
         clip="ViT-B/16",
     ),
@@ -176,8 +171,6 @@ DATA = {
         name="context",
         classes=CONTEXT_CLASSES,
         palette=voc_palette()[1:60],
-        short_side=448,
-        denoise=0.6,
         background="pixels labelled 0 (none of the 59) are ignored",
         clip="ViT-B/16",
     ),
@@ -185,8 +178,6 @@ DATA = {
         name="ade20k",
         classes=ADE_CLASSES,
         palette=voc_palette()[1:151],  # VOC's colors, not ADE's official ones
-        short_side=512,
-        denoise=0.5,
         background="pixels labelled 0 (other) are ignored, 150 classes",
         clip="ViT-B/16",
     ),
@@ -195,8 +186,6 @@ DATA = {
 
 def own_facts(name, class_names):
     """Returns the DataFacts of your own images, which have no truth.
-
-    The size is ours. Denoising as released is tuned to VOC, so it is off here.
 
     Args:
         name: the folder of the images, as it was given.
@@ -210,8 +199,6 @@ def own_facts(name, class_names):
         name=name,
         classes=tuple(class_names),
         palette=voc_palette()[1:1 + len(class_names)],
-        short_side=336,
-        denoise=0.0,
         background="no labels",
         clip="ViT-B/16",
         splits=(),
@@ -263,20 +250,22 @@ class Settings:
     that a run is not resumed under other settings.
     """
 
+    recipe: str = option("2025", "which of the authors' two: cvpr2024 or 2025 (reclip.RECIPES)")
+
     # Rectification, Sec. 3.1-3.4: the loop
-    rectify_epochs: int = option(50, "epochs of rectification (released)")
+    rectify_epochs: int = option(51, "epochs of rectification (released)")
     rectify_poly_epochs: int = option(
-        200, "epochs over which the learning rate would reach 0 (released)")
+        200, "the learning rate falls as if training ended, at 0, after so many epochs (released)")
     rectify_batch: int = option(1, "images a step (released)")
     lr: float = option(0.01, "learning rate of SGD (Sec. 4.1)")
     momentum: float = option(0.9, "momentum of SGD (released)")
     weight_decay: float = option(0.0005, "weight decay of SGD (Sec. 4.1)")
     poly_power: float = option(
-        0.9, "learning rate = lr * (1 - epoch / horizon) ** poly_power (Sec. 4.1)")
+        0.9, "learning rate = lr * (1 - epoch / rectify_poly_epochs) ** poly_power (Sec. 4.1)")
 
     # Rectification: the image-level labels
     threshold: float = option(
-        23.0, "an image holds a class if 100 * cosine is above (t of Sec. 3.4; value released)")
+        23.0, "an image holds a class if 100 * cosine reaches it (t of Sec. 3.4; value released)")
     top_k: int = option(2, "image-level labels where no class passes the threshold (released)")
 
     # Rectification: the model
@@ -290,7 +279,7 @@ class Settings:
     positional_gain: float = option(1.0, "fixed factor on M_p, for a small start (ours)")
     tau_1: float = option(0.001, "temperature of the Gumbel-softmax, Eq. (4) (released)")
     tau: float = option(
-        None, "temperature of Eq. (5); if not given, 1 / CLIP's logit scale (released)")
+        None, "temperature of Eq. (5); if not given, 1 / exp(CLIP's logit_scale) (released)")
     pool: str = option("global", "pooling of masked features: global (Sec. 3.4) or mask")
     attention: str = option(
         "maskclip", "attention variant of CLIP's last block: maskclip (Sec. 3.1), sclip, "
@@ -300,7 +289,8 @@ class Settings:
 
     # Distillation, Sec. 3.5
     student: str = option(
-        "resnet101", "backbone of DeepLab V2: resnet101 (ours), resnet50 (released), tiny (shapes)")
+        "resnet101", "backbone of DeepLab V2: resnet101 (ours), resnet50, resnet50_v1c (released), "
+        "tiny (shapes)")
     head: str = option(
         "query_reference", "Table 6: original, query, query_reference, query_reference_positional")
     backbone_weights: str = option("imagenet", "start of the backbone: imagenet, a file, or none")
@@ -313,26 +303,36 @@ class Settings:
     alpha: float = option(0.5, "weight of the feature-guided loss, Eq. (8); 0: none (Sec. 3.5)")
     beta: float = option(0.5, "weight of the text-guided loss, Eq. (8); 0: none (Sec. 3.5)")
 
-    # Images, Sec. 4.1
-    long_side: int = option(
-        2048, "limit of the longer side when resizing for training, pixels (released)")
-    rectify_short_side: int = option(
-        336, "limit of the shorter side when resizing for rectification, pixels (released)")
+    # Images, Sec. 4.1. In training an image is resized, smaller or larger, to the largest size
+    # within r times the two sides, with r drawn from resize_from .. resize_to; then it is cropped.
+    # Evaluation resizes it likewise, with r = 1. The sides are RECIPE_SIZES'.
+    rectify_long_side: int = option(2048, "rectification: longer side at r = 1, pixels (released)")
+    rectify_short_side: int = option(336, "rectification: shorter side at r = 1, pixels (released)")
     crop: int = option(
-        336, "side of the crop for rectification, pixels (released); 0: whole images, all of one "
-        "size (ours)")
+        336, "rectification: side of the crop, pixels (released); 0: whole images, all of one size "
+        "(ours)")
+    distill_long_side: int = option(2048, "distillation: longer side at r = 1, pixels (released)")
+    distill_short_side: int = option(512, "distillation: shorter side at r = 1, pixels (released)")
     distill_crop: int = option(
-        512, "side of the crop for distillation, and limit of the shorter side before it, pixels "
-        "(released); 0: whole images, all of one size (ours)")
+        512, "distillation: side of the crop, pixels (released); 0: whole images, all of one size "
+        "(ours)")
+    resize_from: float = option(0.5, "least r (released)")
+    resize_to: float = option(2.0, "largest r (released)")
     flip: bool = option(True, "random horizontal flip (Sec. 4.1)")
     photometric: bool = option(True, "random brightness, contrast, saturation, hue (released)")
+
+    # Evaluation of the rectified CLIP; a student is evaluated without (released)
+    denoise: float = option(
+        0.5, "a class that reaches this probability nowhere in an image is dropped (released); 0: "
+        "off")
 
     def __post_init__(self):
         above_0 = (
             "rectify_epochs", "rectify_poly_epochs", "rectify_batch", "lr", "top_k", "tau_1", "tau",
-            "distill_epochs", "distill_batch", "distill_lr", "mask_tau", "rectify_short_side",
+            "distill_epochs", "distill_batch", "distill_lr", "mask_tau", "rectify_long_side",
+            "rectify_short_side", "distill_long_side", "distill_short_side", "resize_from",
         )
-        at_least_0 = ("distill_lr_floor", "alpha", "beta", "crop", "distill_crop")
+        at_least_0 = ("distill_lr_floor", "alpha", "beta", "crop", "distill_crop", "denoise")
 
         # "not value > 0" rather than "value <= 0": so nan is refused too.
         for name in above_0:
@@ -343,30 +343,55 @@ class Settings:
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more")
+        if not self.resize_from <= self.resize_to:
+            raise ValueError(f"resize_from is {self.resize_from}; it must not be above resize_to, "
+                             f"{self.resize_to}")
 
+
+class RecipeSizes(NamedTuple):
+    """A row of RECIPE_SIZES: what the authors' two recipes set for each data set."""
+    # Rectification, and the evaluation of the rectified CLIP at the same sides
+    rectify_long_side: int
+    rectify_short_side: int
+    crop: int
+    rectify_epochs: int
+    rectify_poly_epochs: int
+    denoise: float
+    # Distillation, and the evaluation of the student at the same sides, without denoising
+    distill_long_side: int
+    distill_short_side: int
+    distill_crop: int
+    distill_epochs: int
+
+
+# The authors' two recipes as far as they depend on the data set (reclip.RECIPES has the rest, and
+# says where they come from). In 2025 the epochs are numbered from 0 and the run stops after number
+# 50 (ADE20K: 100) of a schedule laid out for more.
+RECIPE_SIZES = {
+    #                            rectification                            distillation
+    #                            long  short crop  epochs poly  denoise   long  short crop  epochs
+    ("cvpr2024", "voc"):
+        RecipeSizes(             2048, 512,  512,  200,   200,  0.5,      2048, 512,  512,  100),
+    ("cvpr2024", "context"):
+        RecipeSizes(             520,  520,  480,  150,   150,  0.6,      520,  520,  480,  150),
+    ("cvpr2024", "ade20k"):
+        RecipeSizes(             2048, 512,  512,  150,   150,  0.5,      2048, 512,  512,  150),
+    ("2025", "voc"):
+        RecipeSizes(             2048, 336,  336,  51,    200,  0.5,      2048, 512,  512,  100),
+    ("2025", "context"):
+        RecipeSizes(             2048, 448,  480,  51,    400,  0.6,      520,  520,  480,  150),
+    ("2025", "ade20k"):
+        RecipeSizes(             2048, 512,  512,  101,   600,  0.5,      2048, 512,  512,  150),
+}
+DEFAULT_RECIPE = "cvpr2024"  # of the three benchmarks: the one that the paper's numbers belong to
 
 SETTINGS = {
     "voc": Settings(),
-    "context": Settings(
-        rectify_poly_epochs=400,
-        threshold=20.0,
-        top_k=6,
-        distill_epochs=150,
-        rectify_short_side=448,
-        crop=480,
-        distill_crop=480,
-    ),
-    "ade20k": Settings(
-        rectify_epochs=100,
-        rectify_poly_epochs=600,
-        threshold=21.0,
-        top_k=5,
-        distill_epochs=150,
-        rectify_short_side=512,
-        crop=512,
-    ),
+    "context": Settings(threshold=20.0, top_k=6),
+    "ade20k": Settings(threshold=21.0, top_k=5),
     # Images of your own: VOC's, whose threshold and top_k suit names of single, different things.
-    "own": Settings(),
+    # CLIP runs as it was trained. Denoising is tuned to VOC, so it is off (ours).
+    "own": Settings(denoise=0.0),
     # All ours, chosen on shapes' val split. The cosines of its tiny CLIP differ by 0.2 where those
     # of OpenAI's differ by 0.02: hence its higher temperatures and threshold.
     "shapes": Settings(
@@ -385,11 +410,33 @@ SETTINGS = {
         distill_lr=0.1,
         rectify_short_side=64,
         crop=0,
+        distill_short_side=64,
         distill_crop=0,
         flip=False,
         photometric=False,
+        denoise=0.0,
     ),
 }
+
+
+def find_settings(data, recipe=None, **changes):
+    """The Settings of a data set (a key of SETTINGS, or your own folder), with some changed.
+
+    recipe: of the benchmarks, "cvpr2024" (also if None) or "2025". Other images have one alone,
+        2025's sizes and CLIP as it was trained, and take none.
+    Errors: ValueError for a recipe that is not there.
+    """
+    settings = SETTINGS.get(data, SETTINGS["own"])
+    if (DEFAULT_RECIPE, data) in RECIPE_SIZES:
+        recipe = recipe or DEFAULT_RECIPE
+        if (recipe, data) not in RECIPE_SIZES:
+            raise ValueError(f"recipe is {recipe!r}; it must be cvpr2024 or 2025")
+        sizes = RECIPE_SIZES[recipe, data]._asdict()
+        settings = dataclasses.replace(settings, recipe=recipe, **sizes)
+    elif recipe is not None:
+        raise ValueError(f"a recipe goes with voc, context and ade20k alone, not with {data}: "
+                         "other images are read by CLIP as it was trained")
+    return dataclasses.replace(settings, **changes)
 
 
 # --- Splits on disk: where the files lie ----------------------------------------------------------
@@ -413,6 +460,7 @@ class Layout:
     md5: str                # of the archive
     ignored_values: tuple = (0, 255)  # not evaluated, unless a class has them; any other: error
     split_folders: dict = dataclasses.field(default_factory=dict)  # what {} becomes, by split
+    antialias: bool = False   # when an image is made smaller (see resize_within); False: released
 
 
 LAYOUTS = {
@@ -457,7 +505,7 @@ LAYOUTS = {
 
 
 def open_split(data, root, split, download=False):
-    """Opens a split: an object with .names, .image(i), .truth(i) and a length.
+    """Opens a split: an object with .names, .image(i), .truth(i), .antialias and a length.
 
     Args:
         data: a key of DATA, or the path of a folder with your own images.
@@ -499,6 +547,7 @@ def open_split(data, root, split, download=False):
         [annotations / f"{name}{layout.annotation_suffix}" for name in names],
         layout.label_values,
         layout.ignored_values,
+        layout.antialias,
     )
 
 
@@ -551,16 +600,25 @@ class Files:
         label_values: the value of each class in the label files, 0 to 65535, in class order.
         ignored_values: values of pixels that are not evaluated, except where a class has the value
             (so a data set whose labels start at 0 need not change the default).
+        antialias: how its images are made smaller (see resize_within).
 
     Attributes:
         names: the images' file names without suffix.
         keep: set it to True, and images that were decoded once stay in memory.
     """
 
-    def __init__(self, image_paths, annotation_paths, label_values, ignored_values=(0, 255)):
+    def __init__(
+        self,
+        image_paths,
+        annotation_paths,
+        label_values,
+        ignored_values=(0, 255),
+        antialias=True,
+    ):
         self.image_paths = image_paths
         self.annotation_paths = annotation_paths
         self.label_values = tuple(label_values)
+        self.antialias = antialias
         self.names = [path.stem for path in image_paths]
         self.keep = False
         self._decoded = {}  # index -> image
@@ -680,13 +738,56 @@ class Folder(Files):
 
 # --- What training and evaluation read ------------------------------------------------------------
 
-# Fills a crop where the image is smaller. ImageNet's mean color: within 0.03 of zero after either
-# normalization, CLIP's or the student's, so that padding looks like nothing in particular.
-PADDING = (124, 116, 104)
+def size_within(height, width, long_side, short_side):
+    """The largest size (H', W'), ratio kept, within long_side by short_side pixels; rounded."""
+    factor = min(long_side / max(height, width), short_side / min(height, width))
+    return [max(1, int(side * factor + 0.5)) for side in (height, width)]
+
+
+def resize_within(image, long_side, short_side, antialias=True):
+    """uint8 (3, H, W) -> (3, H', W'), smaller or larger, to size_within; short_side 0: it stays.
+
+    antialias: True reads every pixel of a large image, False one in so many (as the released code
+        does, through OpenCV: fine structure then looks rougher).
+    """
+    if short_side == 0:
+        return image
+    size = size_within(*image.shape[1:], long_side, short_side)
+    return v2.functional.resize(image, size, antialias=antialias)
+
+
+def distort_colors(image):
+    """Released: random changes of color, so that nothing learnt hangs on the light of a photograph.
+
+    float (3, H, W) in [0, 1] -> the same. Each of the four happens half of the time: brightness, up
+    to 32 of 255 levels added or taken off; contrast, all values times 0.5 to 1.5; saturation times
+    0.5 to 1.5; hue, turned by up to 18 of 180 steps. Contrast comes before or after the last two.
+    """
+    brightness, contrast, saturation, hue, contrast_first = (torch.rand(5) < 0.5).tolist()
+    levels = torch.empty(()).uniform_(-32, 32).item()
+    contrast_factor = torch.empty(()).uniform_(0.5, 1.5).item()
+    saturation_factor = torch.empty(()).uniform_(0.5, 1.5).item()
+    turn = torch.empty(()).uniform_(-18, 18).item() / 180  # 1: once round the circle of hues
+
+    if brightness:
+        image = (image + levels / 255).clamp(0, 1)
+    if contrast and contrast_first:
+        image = (image * contrast_factor).clamp(0, 1)
+    if saturation:
+        image = v2.functional.adjust_saturation(image, saturation_factor)
+    if hue:
+        image = v2.functional.adjust_hue(image, turn)
+    if contrast and not contrast_first:
+        image = (image * contrast_factor).clamp(0, 1)
+    return image
 
 
 class Augment:
-    """The training transform: uint8 (3, H, W) -> float (3, crop, crop) in [0, 1].
+    """The training transform: uint8 (3, H, W) -> image float (3, crop, crop) in [0, 1], and where.
+
+    The second is a mask, bool (crop, crop), True where the image is. An image that is smaller than
+    the crop is padded on the right and below. A network sets what is not valid to 0 after its own
+    normalization, so that padding has the mean color, whatever that is for it.
 
     "Random cropping and random flipping" (Sec. 4.1), with the released sizes and, as released,
     photometric distortion. The released code draws a crop again in which one class covers more than
@@ -696,50 +797,69 @@ class Augment:
         long_side, short_side: pixels; before the crop the image is resized, smaller or larger but
             its ratio kept, to the largest size within r * long_side by r * short_side.
         crop: side of the random square, pixels; 0: neither resize nor crop, the image stays whole.
-        ratio: r is drawn uniformly between these two.
+        ratio: r is drawn uniformly between these two (default: released).
         flip: mirror left to right, half of the time.
-        photometric: change brightness, contrast, saturation and hue at random.
+        photometric: distort_colors.
+        antialias: as in resize_within.
 
     Attributes:
         changes: whether the same image may look different each time it comes. If not, whatever is
             computed from it alone (CLIP's features) need be computed only once.
     """
 
-    def __init__(self, long_side, short_side, crop, ratio=(0.5, 2.0), flip=True, photometric=True):
+    def __init__(
+        self,
+        long_side,
+        short_side,
+        crop,
+        ratio=(0.5, 2.0),
+        flip=True,
+        photometric=True,
+        antialias=True,
+    ):
         self.long_side = long_side
         self.short_side = short_side
         self.crop = crop
         self.ratio = ratio
         self.flip = flip
         self.photometric = photometric
+        self.antialias = antialias
         self.changes = bool(crop or flip or photometric)
-
-        if crop:
-            self.random_crop = v2.RandomCrop(crop, pad_if_needed=True, fill=PADDING)
-        self.random_flip = v2.RandomHorizontalFlip()
-        self.random_colors = v2.RandomPhotometricDistort()
 
     def __call__(self, image):
         if self.crop:
             # Objects are seen at many sizes: r < 1 shows more of the scene, r > 1 shows details.
             r = torch.empty(()).uniform_(*self.ratio).item()
+            image = resize_within(
+                image, r * self.long_side, r * self.short_side, self.antialias
+            )
+
+            # Any place where the crop fits; where the image is smaller, all of it.
             H, W = image.shape[1:]
-            factor = min(self.long_side * r / max(H, W), self.short_side * r / min(H, W))
-            size = [max(1, round(H * factor)), max(1, round(W * factor))]
-            image = v2.functional.resize(image, size, antialias=True)
-            image = self.random_crop(image)  # padded where the image is smaller than the crop
+            top = torch.randint(max(H - self.crop, 0) + 1, ()).item()
+            left = torch.randint(max(W - self.crop, 0) + 1, ()).item()
+            image = image[:, top:top + self.crop, left:left + self.crop]
 
-        if self.flip:
-            image = self.random_flip(image)
+        if self.flip and torch.rand(()) < 0.5:
+            image = image.flip(2)
 
+        image = v2.functional.to_dtype(image, torch.float32, scale=True)  # 0..255 -> 0..1
         if self.photometric:
-            image = self.random_colors(image)
+            image = distort_colors(image)
 
-        return v2.functional.to_dtype(image, torch.float32, scale=True)  # 0..255 -> 0..1
+        valid = torch.ones(image.shape[1:], dtype=torch.bool)
+        if self.crop:
+            below = self.crop - image.shape[1]
+            right = self.crop - image.shape[2]
+            image = F.pad(image, (0, right, 0, below))
+            valid = F.pad(valid, (0, right, 0, below))
+        return image, valid
 
 
 class TrainingStream(Dataset):
-    """An endless stream over a split; item s is (image float (3, H, W), name). No label is opened.
+    """An endless stream over a split. No label is opened.
+
+    Item s is (image float (3, H, W) in [0, 1], valid bool (H, W), name): see Augment.
 
     Item s belongs to epoch s // N (N images in the split), and everything random about it follows
     from (seed, s) alone: the order of an epoch from (seed, epoch), crop, flip and colors from
@@ -768,13 +888,13 @@ class TrainingStream(Dataset):
             self._epoch = epoch
         i = int(self._order[place])
 
-        # torchvision's transforms draw from torch's global generator: it is seeded for this item,
-        # and set back afterwards, so that the caller's own random numbers do not notice. Two seeds
-        # lie a million items apart: a longer run goes on with draws of the next seed.
+        # The transform draws from torch's global generator: it is seeded for this item, and set
+        # back afterwards, so that the caller's own random numbers do not notice. Neighboring seeds
+        # are 1,000,003 apart: only a longer run would reuse draws of the next one.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + s)
-            image = self.transform(self.split.image(i))
-        return image, self.split.names[i]
+            image, valid = self.transform(self.split.image(i))
+        return image, valid, self.split.names[i]
 
 
 class Thumbnails(Dataset):
@@ -807,33 +927,16 @@ class Thumbnails(Dataset):
         return image, self.split.names[i]
 
 
-def resize_short_side(image, short_side):
-    """uint8 (3, H, W) -> (3, H', W'), ratio kept, min(H', W') = short_side; 0: the size stays.
-
-    The long side may not exceed 2048, or 4 * short_side if that is more: a longer image is made
-    smaller until it fits.
-    """
-    if short_side == 0:
-        return image
-
-    H, W = image.shape[1:]
-    longest = max(2048, 4 * short_side)
-    if max(H, W) * short_side <= longest * min(H, W):
-        size = [short_side]  # of the short side; torchvision keeps the ratio
-    else:
-        size = [max(1, H * longest // max(H, W)), max(1, W * longest // max(H, W))]
-    return v2.functional.resize(image, size, antialias=True)
-
-
 class Evaluation(Dataset):
     """Images with their truth: item i is (image, truth, name).
 
-    image: float (3, H', W') in [0, 1], its short side resized to `short_side` pixels.
+    image: float (3, H', W') in [0, 1], resized as resize_within does; short_side 0: its own size.
     truth: uint8 (H, W), at the size of the file, because a number is reported at that size.
     """
 
-    def __init__(self, split, short_side):
+    def __init__(self, split, long_side, short_side):
         self.split = split
+        self.long_side = long_side
         self.short_side = short_side
 
     def __len__(self):
@@ -849,7 +952,7 @@ class Evaluation(Dataset):
                 f"{tuple(image.shape[1:])} pixels"
             )
 
-        image = resize_short_side(image, self.short_side)
+        image = resize_within(image, self.long_side, self.short_side, self.split.antialias)
         return v2.functional.to_dtype(image, torch.float32, scale=True), truth, name
 
 
@@ -900,13 +1003,13 @@ class Progress:
 
 # --- shapes: a miniature world, drawn from seeds, nothing stored ----------------------------------
 
-# It has two sides. The *web*, on which the tiny CLIP is pre-trained (tests/pretrain.py), has
-# captioned scenes without habits, and staged close-ups with habits: each class in its own half of
-# the image and in its own color. The *target*, to be segmented, is drawn here: the same classes
-# anywhere, and every pixel has its truth, for evaluation alone. Color is a weaker hint there: a
-# thing shows its own hue in 62.5 % of cases, its twin's in 22.5 %, any other in 15 %. So what
-# CLIP's patches learn of place and color from the close-ups is a bias on the target, of the kind
-# that the paper rectifies.
+# The biases of its tiny CLIP are planted. It is pre-trained on the *web* (tests/pretrain.py):
+# captioned scenes, in which a class stands anywhere, and close-ups, in which each class keeps to
+# its own half of the image and nearly always to its own color. The *target*, to be segmented, is
+# drawn here and breaks both habits: the same classes stand anywhere, and a thing shows its own hue
+# in only 62.5 % of cases, its twin's in 22.5 %, any other in 15 %. Every pixel has its truth, for
+# evaluation alone. So what the patches learnt from the close-ups is a bias on the target, of the
+# kind that the paper rectifies.
 
 # Split -> number of images, seed
 SHAPES_SPLITS = {"train": (1000, 101), "val": (300, 102), "test": (500, 103)}
@@ -1107,6 +1210,7 @@ class Shapes:
         if split not in SHAPES_SPLITS:
             raise ValueError(f"shapes has no split {split}, only {', '.join(SHAPES_SPLITS)}")
         count, self.seed = SHAPES_SPLITS[split]
+        self.antialias = True
         self.names = [f"{split}_{i:04}" for i in range(count)]
 
     def __len__(self):
@@ -1122,6 +1226,8 @@ class Shapes:
 
 
 # --- Preparation: python datasets.py --prepare ----------------------------------------------------
+
+# From here on nothing is about the paper. A first reader may stop.
 
 # Context's annotations are made of this file. Its own host, the second half of the address, is
 # reported dead.
@@ -1361,7 +1467,7 @@ def verify(data, root):
     """
     classes = DATA[data].classes
     for split, official in LAYOUTS[data].official.items():
-        pairs = Evaluation(open_split(data, root, split), short_side=0)
+        pairs = Evaluation(open_split(data, root, split), long_side=0, short_side=0)
         progress = Progress(f"{data} {split}", len(pairs))
         seen = set()
         for i in range(len(pairs)):

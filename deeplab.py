@@ -137,6 +137,29 @@ def resnet50():
     return dilated_resnet("resnet50")
 
 
+def resnet50_v1c():
+    """The released code's: a ResNet-50 that begins with three small convolutions for one large.
+
+    For the authors' published students (DeepLabV2.from_released): torchvision has no weights of it.
+    """
+    net = dilated_resnet("resnet50")
+    stem = nn.Sequential(
+        nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+    )
+    parts = OrderedDict(stem=stem)
+    for name in ("maxpool", "layer1", "layer2", "layer3", "layer4"):
+        parts[name] = net.get_submodule(name)
+    return nn.Sequential(parts)
+
+
 def residual_block(channels_in, channels_out, stride):
     """Two 3x3 convolutions and a shortcut: ResNet's block, which torchvision builds.
 
@@ -183,8 +206,9 @@ def load_backbone(backbone, student, source):
         state dict in torchvision's names, with or without the classifier "fc".
     Raises FileNotFoundError, or ValueError for weights that cannot be had or do not fit.
     """
-    if source == "imagenet" and student == "tiny":
-        raise ValueError("there are no ImageNet weights for the tiny student; give a file or None")
+    if source == "imagenet" and student in ("tiny", "resnet50_v1c"):
+        raise ValueError(f"there are no ImageNet weights for the student {student}; give a file or "
+                         "None")
     try:
         if source == "imagenet":
             weights = torchvision.models.get_model_weights(student).IMAGENET1K_V1
@@ -213,17 +237,23 @@ class ASPP(nn.Module):
 
     3x3 convolutions side by side, alike but for their dilation, and summed.
 
+    batch_norm: True ends each branch in batch norm and ReLU, as the released code does.
+
     rates: their dilations, which are distances between a kernel's taps, in cells (the default:
         Chen et al.). A kernel spans 2 * rate + 1 cells: at stride 8 the four see 104, 200, 296
         and 392 pixels.
     """
 
-    def __init__(self, channels, D, rates=(6, 12, 18, 24)):
+    def __init__(self, channels, D, rates=(6, 12, 18, 24), batch_norm=False):
         super().__init__()
         branches = []
         for rate in rates:
             # padding = dilation: the grid keeps its size
-            branches.append(nn.Conv2d(channels, D, 3, padding=rate, dilation=rate))
+            conv = nn.Conv2d(channels, D, 3, padding=rate, dilation=rate, bias=not batch_norm)
+            if batch_norm:
+                branches.append(nn.Sequential(conv, nn.BatchNorm2d(D), nn.ReLU()))
+            else:
+                branches.append(conv)
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x):
@@ -245,12 +275,14 @@ class Student(NamedTuple):
     channels: int       # of the backbone's features
     output_stride: int  # s, pixels
     rates: tuple        # of the ASPP after the backbone, cells
+    batch_norm: bool    # of the ASPP: batch norm and ReLU in its branches
 
 
 STUDENTS = {
-    "resnet101": Student(resnet101, channels=2048, output_stride=8, rates=(6, 12, 18, 24)),
-    "resnet50": Student(resnet50, channels=2048, output_stride=8, rates=(6, 12, 18, 24)),
-    "tiny": Student(tiny_resnet, channels=96, output_stride=4, rates=(1, 2, 3, 4)),
+    "resnet101": Student(resnet101, 2048, 8, (6, 12, 18, 24), batch_norm=False),
+    "resnet50": Student(resnet50, 2048, 8, (6, 12, 18, 24), batch_norm=False),
+    "resnet50_v1c": Student(resnet50_v1c, 2048, 8, (6, 12, 18, 24), batch_norm=True),
+    "tiny": Student(tiny_resnet, 96, 4, (1, 2, 3, 4), batch_norm=False),
 }
 
 
@@ -260,7 +292,7 @@ class Logits(NamedTuple):
     """What DeepLabV2 returns."""
     query: torch.Tensor       # Z^ . W_q  (B, C, h, w), cosines
     reference: torch.Tensor   # Z^ . W_r  (B, C, h, w)
-    positional: torch.Tensor  # M_p       (1, C, h, w), 0 without a positional head
+    positional: torch.Tensor  # M_p       (1, C, h, w); (1, 1, h, w) zeros in other heads
     rectified: torch.Tensor   # M^D       (B, C, h, w), the answer of the chosen head; only the
                               #           heads with W_r subtract anything
     features: torch.Tensor    # Z^        (B, D, h, w), each cell of length 1
@@ -273,7 +305,11 @@ class DeepLabV2(nn.Module):
     W_q, W_r: (C, D), the heads; copied and fixed. "Symbols" above says how long their rows are.
     M_p: (1, C, h0, w0) or (1, 1, h0, w0), the teacher's positional logits on a grid of any one
         size, for the head "query_reference_positional" alone.
-    student: a name in STUDENTS. resnet101: ours; resnet50: released; tiny: for shapes.
+    student: a name in STUDENTS. resnet101: ours; resnet50: the released depth; resnet50_v1c: that
+        of the published files; tiny: for shapes.
+    recipe: that of the teacher (a key of reclip.RECIPES), to be kept in the checkpoint: the student
+        is evaluated at the sides that its recipe trained it with. The student itself does not
+        depend on it.
     head: one of HEADS.
     backbone_weights: "imagenet", a file (load_backbone says which), or None for random weights.
     freeze_batch_norm: True keeps the backbone's batch norms as they came: statistics, scale and
@@ -292,6 +328,7 @@ class DeepLabV2(nn.Module):
         head="query_reference",
         backbone_weights=None,
         freeze_batch_norm=None,
+        recipe="2025",
     ):
         super().__init__()
         if student not in STUDENTS:
@@ -311,22 +348,29 @@ class DeepLabV2(nn.Module):
         self.class_names = tuple(class_names)
         self.head = head
         self.freeze_batch_norm = freeze_batch_norm
-        self.settings = dict(student=student, head=head, freeze_batch_norm=freeze_batch_norm)
+        self.recipe = recipe
+        self.settings = {
+            "student": student,
+            "head": head,
+            "freeze_batch_norm": freeze_batch_norm,
+            "recipe": recipe,
+        }
         C, D = W_q.shape
 
         # What makes Z^ of an image: the backbone and the ASPP. They learn.
         choice = STUDENTS[student]
         self.output_stride = choice.output_stride
         self.backbone = choice.build()
-        self.aspp = ASPP(choice.channels, D, choice.rates)
+        self.aspp = ASPP(choice.channels, D, choice.rates, choice.batch_norm)
         if backbone_weights is not None:
             load_backbone(self.backbone, student, backbone_weights)
         for norm in self.batch_norms():
             norm.requires_grad_(not freeze_batch_norm)
 
-        # The heads are buffers, which no optimizer sees. The student is taught by guesses alone.
-        # A head that learnt would bend to their mistakes and forget what the words mean; where
-        # the head is fixed, the features must come to the texts.
+        # The heads are buffers, which no optimizer sees: the features must come to the texts. The
+        # paper finds that better than a learnt head (Table 6: 75.4 against 73.8). Our reading: the
+        # student is taught by guesses alone, and a head that learnt would bend to their mistakes.
+        # (On shapes it does not come out; the README has the numbers.)
         self.register_buffer("W_q", W_q.detach().clone())
         self.register_buffer("W_r", W_r.detach().clone())
         self.register_buffer("M_p", None if M_p is None else M_p.detach().clone())
@@ -363,9 +407,11 @@ class DeepLabV2(nn.Module):
         """
         return 1 if self.head == "original" else 100
 
-    def features(self, images):
+    def features(self, images, valid=None):
         """Z^: images (B, 3, H, W), floats in [0, 1] -> (B, D, h, w), each cell of length 1.
 
+        valid: (B, H, W) bool, False where an image was padded; None: nowhere. Padding becomes 0,
+        ImageNet's mean color.
         The result has the precision of the images. Raises ValueError for integer images.
         """
         if not images.is_floating_point():
@@ -374,7 +420,10 @@ class DeepLabV2(nn.Module):
                              "images.float() / 255 makes of uint8")
         mean = images.new_tensor(MEAN).view(3, 1, 1)
         std = images.new_tensor(STD).view(3, 1, 1)
-        x = self.backbone((images - mean) / std)  # (B, channels, h, w)
+        pixels = (images - mean) / std            # (B, 3, H, W)
+        if valid is not None:
+            pixels = pixels.masked_fill(~valid[:, None], 0)
+        x = self.backbone(pixels)                 # (B, channels, h, w)
         x = self.aspp(x)                          # (B, D, h, w), bf16 under autocast
 
         # In CLIP's space only the direction of a vector has a meaning: its Z and its texts are of
@@ -410,8 +459,8 @@ class DeepLabV2(nn.Module):
                 rectified = query - (reference + positional)
         return Logits(query, reference, positional, rectified, Z)
 
-    def forward(self, images):
-        return self.rectify(self.features(images))
+    def forward(self, images, valid=None):
+        return self.rectify(self.features(images, valid))
 
     def to_pixels(self, grid, height, width):
         """Logits or features on cells -> on pixels: (B, any, h, w) -> (B, any, height, width)."""
@@ -485,6 +534,7 @@ class DeepLabV2(nn.Module):
                 student=settings["student"],
                 head=settings["head"],
                 freeze_batch_norm=settings["freeze_batch_norm"],
+                recipe=settings.get("recipe", "2025"),
             )
             model.load_state_dict(state, strict=True)
         except FileNotFoundError:
@@ -494,6 +544,66 @@ class DeepLabV2(nn.Module):
             raise ValueError(f"{path} is not a student's checkpoint, or is truncated: "
                              f"{one_line(error)}") from error
         return model.to(device).eval()
+
+    @classmethod
+    def from_released(cls, path, class_names, W_q, W_r, device="cpu"):
+        """A student that the paper's authors published, in eval mode.
+
+        class_names: the data set's, in the authors' order.
+        W_q, W_r: (C, D), from the rectification that they published beside it, as
+            ReCLIP.from_released(...).heads() returns them: they are not in the student's file.
+        Errors: FileNotFoundError, or ValueError for a file that is no such student.
+        """
+        try:
+            # weights_only: tensors and plain values. Any other pickle may run programs.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            renamed = torchvision_names(state)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no published student at {path}: the README says "
+                                    "where the authors keep theirs") from None
+        except Exception as error:  # whatever a broken or hostile file provokes
+            raise ValueError(f"{path} is not a student's checkpoint, or is truncated: "
+                             f"{one_line(error)}") from error
+
+        for key, value in state.items():
+            if key.endswith("conv_seg.weight") and len(value) != len(class_names):
+                raise ValueError(f"{path} was learnt for {len(value)} classes, and "
+                                 f"{len(class_names)} are named: give the names of its data set")
+
+        model = cls(class_names, W_q, W_r, student="resnet50_v1c", recipe="cvpr2024")
+        heads = {"W_q": model.W_q, "W_r": model.W_r}
+        try:
+            model.load_state_dict(renamed | heads, strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is not a whole student of ReCLIP's authors, or its features "
+                             f"are not as wide as W_q: {one_line(error)}") from error
+        return model.to(device).eval()
+
+
+# --- The authors' published files -----------------------------------------------------------------
+
+# github.com/dogehhh/ReCLIP links to the students behind the paper's numbers. Such a file holds
+#
+#     backbone.stem.*                      three convolutions and batch norms
+#     backbone.res_layers.L.B.*            torchvision's layer{L + 1}.B.*, with norm1 for bn1
+#     decode_head.decode_module.aspp_modules.A.{conv, norm}    the branches of the ASPP
+#     decode_head: the rest                an unused layer, and parts of the teacher
+
+def torchvision_names(state):
+    """The backbone and ASPP of a published student, under the names of DeepLabV2's state dict."""
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith("backbone.stem."):
+            renamed[key] = value
+        elif key.startswith("backbone.res_layers."):
+            _, _, layer, rest = key.split(".", 3)
+            rest = rest.replace("norm", "bn")
+            renamed[f"backbone.layer{int(layer) + 1}.{rest}"] = value
+        elif key.startswith("decode_head.decode_module.aspp_modules."):
+            _, _, _, branch, part, rest = key.split(".", 5)
+            place = {"conv": 0, "norm": 1}[part]
+            renamed[f"aspp.branches.{branch}.{place}.{rest}"] = value
+    return renamed
 
 
 # --- A guided tour --------------------------------------------------------------------------------

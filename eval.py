@@ -23,9 +23,10 @@ Copied elsewhere, confusion_matrix and scores need no more than torch and IGNORE
         confusion += confusion_matrix(mask, truth, num_classes=20)
     print(scores(confusion)["miou"])
 
-The mask of one image, float (3, H, W) in [0, 1], from a checkpoint:
+The mask of one image, uint8 (3, H0, W0), from a checkpoint:
     model = ReCLIP.load("runs/voc/rectify.pt")
-    mask = predict_mask(model, "rectify", image, image.shape[1:], Protocol(short_side=336))
+    seen = to_dtype(resize_within(image, 2048, 512), torch.float32, scale=True)  # in [0, 1]
+    mask = predict_mask(model, "rectify", seen, image.shape[1:], Protocol(2048, 512))
 """
 
 import argparse
@@ -48,16 +49,18 @@ from clip_model import ATTENTIONS, load_clip, written_atomically
 from datasets import (
     DATA,
     IGNORE,
+    RECIPE_SIZES,
     Evaluation,
     Folder,
     Progress,
+    find_settings,
     open_split,
     own_facts,
     read_classes,
-    resize_short_side,
+    resize_within,
 )
 from deeplab import DeepLabV2
-from reclip import PROMPTS, ReCLIP, segment
+from reclip import PROMPTS, RECIPES, ReCLIP, open_rectification, released_kind, segment
 
 # Every model answers with Logits, M_q and M among them. A stage names the part that is its answer,
 # and the title of its masks. "clip" is a ReCLIP of which nothing but M_q is read: MaskCLIP.
@@ -130,7 +133,8 @@ def scores(confusion):
 @dataclass(frozen=True)
 class Protocol:
     """How an image becomes a mask. Each field moves mIoU: compare numbers of one protocol only."""
-    short_side: int                    # pixels; images are resized to it before; 0: their own size
+    long_side: int                     # pixels; an image is resized to the largest size within
+    short_side: int                    # these two (datasets.resize_within); short_side 0: as it is
     window: int = 0                    # side of a sliding window, pixels; 0: the whole image
     stride: int = 224                  # from one window to the next, pixels
     denoise: float = 0.0               # threshold of reclip.strong_classes, a probability; 0: off
@@ -139,6 +143,8 @@ class Protocol:
     def __post_init__(self):
         if self.short_side < 0:
             raise ValueError(f"short_side is {self.short_side}; it must be 0 or more pixels")
+        if self.long_side < 1:
+            raise ValueError(f"long_side is {self.long_side}; it must be 1 or more pixels")
         if self.window < 0:
             raise ValueError(f"window is {self.window}; it must be 0 (no windows) or more pixels")
         if self.window and not 1 <= self.stride <= self.window:
@@ -155,7 +161,10 @@ class Protocol:
         seen = "whole images"
         if self.window:
             seen = f"windows of {self.window}, stride {self.stride}"
-        return f"short side {self.short_side}, {seen}, denoise {self.denoise or 'off'}"
+        sides = f"images within {self.long_side} x {self.short_side}"
+        if not self.short_side:
+            sides = "images of their own size"
+        return f"{sides}, {seen}, denoise {self.denoise or 'off'}"
 
 
 def window_starts(cells, window, stride):
@@ -220,7 +229,7 @@ def predict_mask(model, stage, image, size, protocol):
     """The mask of one image: float (3, H, W) in [0, 1] -> (H0, W0) uint8, on the CPU.
 
     model: a ReCLIP or DeepLabV2 in eval mode. stage: a key of STAGE_PARTS.
-    image: already resized to protocol.short_side (datasets.Evaluation does it).
+    image: already resized to protocol's sides (datasets.Evaluation does it).
     size: (H0, W0) of the mask that is wanted. mIoU is taken at the size of the truth.
     -> class indices 0..C-1; IGNORE for pixels below protocol.background_threshold
     """
@@ -280,7 +289,8 @@ def evaluate_stage(
         confusion += confusion_matrix(mask, truth, C)
     result = scores(confusion)
 
-    print(f"\n{stage}: {facts.name} {split_name}, {protocol.describe()}, {facts.background}")
+    print(f"\n{stage}: {facts.name} {split_name}, recipe {model.recipe}, {protocol.describe()}, "
+          f"{facts.background}")
     print_scores(result, model.class_names)
 
     # JSON knows no nan: an absent class has null.
@@ -315,6 +325,8 @@ def protocol_facts(model, stage, facts, protocol):
     return {
         "data": facts.name,
         "stage": stage,
+        "recipe": model.recipe,
+        "long_side": protocol.long_side,
         "short_side": protocol.short_side,
         "window": protocol.window,
         "stride": protocol.stride if protocol.window else 0,
@@ -479,7 +491,7 @@ def segment_images(model, stage, facts, images, protocol, out):
     progress = Progress("segment", len(images))
     for i, name in enumerate(images.names):
         image = images.image(i)                                         # uint8 (3, H0, W0)
-        resized = resize_short_side(image, protocol.short_side)         # uint8 (3, H, W)
+        resized = resize_within(image, protocol.long_side, protocol.short_side) # uint8 (3, H, W)
         seen = to_dtype(resized, torch.float32, scale=True)             # in [0, 1]
         mask = predict_mask(model, stage, seen, image.shape[1:], protocol)
 
@@ -540,13 +552,27 @@ def save_index(mask, palette, path):
 
 # --- Command line ---------------------------------------------------------------------------------
 
-def open_model(stage, path, facts, clip_name=None, device="cpu", attention="maskclip"):
+def open_model(
+    stage,
+    path,
+    facts,
+    clip_name=None,
+    device="cpu",
+    attention="maskclip",
+    recipe=None,
+    teacher_path=None,
+    W_q_path=None,
+):
     """The model that a stage names, in eval mode.
 
-    stage: "rectify" or "distill", the checkpoint at path; "clip": plain CLIP, which needs none.
+    stage: "rectify" or "distill", the checkpoint at path, ours or one that the authors published;
+        "clip": plain CLIP, which needs none.
     facts: DataFacts; a checkpoint must be of the same classes, unless facts names none.
     clip_name: as load_clip knows it; None: where the checkpoint found it, or the data set's.
     attention: of plain CLIP; a checkpoint keeps its own.
+    recipe: of plain CLIP or of a published file; a checkpoint of ours keeps its own.
+    teacher_path: the rectification that a published student takes W_q and W_r from.
+    W_q_path: as open_rectification takes it.
     """
     clip = None
     if stage == "clip" or clip_name:
@@ -561,13 +587,23 @@ def open_model(stage, path, facts, clip_name=None, device="cpu", attention="mask
             prompt_length=0,
             positional_channels=0,
             attention=attention,
+            recipe=recipe or "2025",
         )
         return model.eval()
 
-    if stage == "distill":
+    if stage == "rectify":
+        model = open_rectification(path, facts.classes, clip, recipe, W_q_path, device)
+    elif released_kind(path) != "student":
         model = DeepLabV2.load(path, device)
+        if recipe not in (None, model.recipe):
+            raise ValueError(f"{path} was learnt under the recipe {model.recipe} and is evaluated "
+                             f"under no other, such as {recipe}")
     else:
-        model = ReCLIP.load(path, clip, device)
+        if teacher_path is None or not teacher_path.is_file():
+            raise ValueError(f"{path} is a student that the authors published; its W_q and W_r are "
+                             "in the rectification published beside it: give that with --teacher")
+        teacher = open_rectification(teacher_path, facts.classes, clip, recipe, W_q_path, device)
+        model = DeepLabV2.from_released(path, facts.classes, *teacher.heads(), device)
     if facts.classes and facts.classes != model.class_names:
         raise ValueError(f"{path} was made for other classes than are asked for: "
                          f"{', '.join(model.class_names)}")
@@ -586,7 +622,14 @@ def make_parser():
     add = parser.add_argument
     add("--stage", choices=[*STAGE_PARTS, "paper"], default="rectify",
         metavar="{clip,rectify,distill}", help="what to evaluate (default: rectify)")
-    add("--checkpoint", type=Path, help="file to evaluate (default: <out>/<stage>.pt)")
+    add("--checkpoint", type=Path,
+        help="file to evaluate, ours or one that the authors published (default: <out>/<stage>.pt)")
+    add("--teacher", type=Path,
+        help="with --stage distill: the rectification that a published student's heads come from, "
+        "or whose masks are drawn beside it (default: <out>/rectify.pt)")
+    add("--recipe", choices=list(RECIPES),
+        help="for --stage clip and published files on voc, context and ade20k (default: cvpr2024); "
+        "a checkpoint of ours keeps its own")
     add("--data", help=f"{', '.join(DATA)} (default: shapes)")
     add("--images", nargs="+", type=Path,
         help="segment these images or folders of images instead of a data set")
@@ -605,24 +648,32 @@ def make_parser():
         help="processes that decode images (default: 4 beside a GPU, else 0)")
     add("--denoise", type=float,
         help="drop classes whose best probability is below; 0: off (default: as released)")
+    add("--long-side", "--long_side", type=int,
+        help="images are resized to the largest size within --long-side x --short-side, pixels "
+        "(default: as in the checkpoint's training)")
     add("--short-side", "--short_side", type=int,
-        help="pixels; 0: own size (default: the data set's)")
-    add("--window", type=int, default=0,
+        help="pixels; 0: images keep their size (default: as in the checkpoint's training)")
+    add("--window", type=int,
         help="slide a window of this side over the image, pixels; 0: whole images")
     add("--stride", type=int,
         help="from window to window, pixels (default: 224, at most the window)")
-    add("--background-threshold", "--background_threshold", type=float, default=0.0,
+    add("--background-threshold", "--background_threshold", type=float,
         help="with --images: pixels less probable than this are background (default: 0, off)")
     return parser
 
 
 def parse_arguments(argv=None):
-    """The command line -> (args, DataFacts, Protocol). ValueError: options that do not fit."""
+    """The command line -> (args, DataFacts, {field of Protocol: value}), as far as they are given.
+
+    ValueError: options that do not fit.
+    """
     args = make_parser().parse_args(argv)
     if args.stage == "paper":
         raise ValueError("--stage paper is a program of its own now: python tests/paper.py")
     if args.attention and args.stage != "clip":
         raise ValueError("--attention goes with --stage clip; a checkpoint keeps its own")
+    if args.teacher and args.stage != "distill":
+        raise ValueError("--teacher goes with --stage distill")
 
     # Your own images do not say which classes to look for: a list, a checkpoint or a data set does.
     classes_known = args.data or args.classes
@@ -645,10 +696,13 @@ def parse_arguments(argv=None):
     if args.split and args.split not in facts.splits:
         raise ValueError(f"--split {args.split}: {args.data} has {', '.join(facts.splits)}")
 
-    protocol = find_protocol(
-        facts, args.short_side, args.window, args.stride, args.denoise, args.background_threshold
-    )
-    if protocol.background_threshold and not args.images:
+    changes = {}  # of the protocol
+    for name in ("long_side", "short_side", "window", "stride", "denoise", "background_threshold"):
+        value = getattr(args, name)
+        if value is not None:
+            changes[name] = value
+    find_protocol(find_settings(args.data, args.recipe), args.stage, **changes)  # do they fit?
+    if args.background_threshold and not args.images:
         raise ValueError("--background-threshold goes with --images: pixels that a data set "
                          "evaluates all have a class")
 
@@ -659,7 +713,7 @@ def parse_arguments(argv=None):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {args.device} is not available here ({reason})") from None
-    return args, facts, protocol
+    return args, facts, changes
 
 
 def find_facts(data, images, classes):
@@ -683,19 +737,32 @@ def find_facts(data, images, classes):
     return own_facts(data, ())
 
 
-def find_protocol(facts, short_side, window, stride, denoise, background_threshold):
-    """The data set's own Protocol, with what the command line changes; None: not given."""
-    if short_side is None:
-        short_side = facts.short_side
-    if denoise is None:
-        denoise = facts.denoise
-    if stride is None:
-        stride = min(224, window)
-    return Protocol(short_side, window, stride, denoise, background_threshold)
+def find_protocol(settings, stage, **changes):
+    """The Protocol of a stage, with some fields changed.
+
+    As released, a model is evaluated at the sides that it was trained at, and the student without
+    denoising.
+    settings: datasets.Settings, those of the data set under the model's recipe.
+    """
+    fields = {
+        "long_side": settings.rectify_long_side,
+        "short_side": settings.rectify_short_side,
+        "denoise": settings.denoise,
+    }
+    if stage == "distill":
+        fields = {
+            "long_side": settings.distill_long_side,
+            "short_side": settings.distill_short_side,
+            "denoise": 0.0,
+        }
+    fields |= changes
+    if fields.get("window"):
+        fields.setdefault("stride", min(224, fields["window"]))
+    return Protocol(**fields)
 
 
 def main(argv=None):
-    args, facts, protocol = parse_arguments(argv)
+    args, facts, protocol_changes = parse_arguments(argv)
     if args.data == "shapes" and args.device == "cpu":
         torch.set_num_threads(1)  # as in train.py: tensors this small stall on shared cores
 
@@ -706,8 +773,21 @@ def main(argv=None):
         split = open_split(args.data, args.root, args.split, args.download)
 
     path = args.checkpoint or args.out / f"{args.stage}.pt"
+    teacher_path = args.teacher or args.out / "rectify.pt"
     attention = args.attention or "maskclip"
-    model = open_model(args.stage, path, facts, args.clip, args.device, attention)
+    settings = find_settings(args.data, args.recipe)
+    recipe = args.recipe
+    if args.stage == "clip":
+        recipe = settings.recipe
+    W_q_path = args.out / "W_q.pt"
+    model = open_model(
+        args.stage, path, facts, args.clip, args.device, attention, recipe, teacher_path, W_q_path
+    )
+
+    # A checkpoint is evaluated under its own recipe.
+    if (model.recipe, args.data) in RECIPE_SIZES:
+        settings = find_settings(args.data, model.recipe)
+    protocol = find_protocol(settings, args.stage, **protocol_changes)
 
     if args.images:
         if not facts.classes:
@@ -717,14 +797,15 @@ def main(argv=None):
 
     # In the image of examples the earlier stages stand beside this one, as far as they are there.
     others = []
-    teacher_path = args.out / "rectify.pt"
     if args.stage == "rectify":
         others = [(model, "clip")]
     elif args.stage == "distill" and teacher_path.is_file():
-        teacher = open_model("rectify", teacher_path, facts, args.clip, args.device)
+        teacher = open_rectification(
+            teacher_path, facts.classes, None, args.recipe, W_q_path, args.device
+        )
         others = [(teacher, "clip"), (teacher, "rectify")]
 
-    dataset = Evaluation(split, protocol.short_side)
+    dataset = Evaluation(split, protocol.long_side, protocol.short_side)
     evaluate_stage(
         model, args.stage, facts, args.split, dataset, protocol, args.out, others, args.workers
     )

@@ -12,6 +12,7 @@ The method in one drawing. Only what stands in [brackets] learns; CLIP is frozen
     Eq. (5)    mask c resemble text c?     under each mask     class              Eq. (4)
 
 What stands here, in the paper's order
+    RECIPES                         how CLIP is run: the authors' code of 2024, and of 2025
     query_text_features             Sec. 3.1    W_q, the frozen classifier
     ReferencePrompt                 Eq. (1)     W_r, from learnable vectors: class-preference bias
     PositionalBias                  Sec. 3.3    M_p, from CLIP's positions: space-preference bias
@@ -22,6 +23,7 @@ What stands here, in the paper's order
     ReCLIP                          all of that as one module, with save and load
     segment                         a mask of pixels from the logits of patches
     mask_guided_loss, feature_guided_loss, text_guided_loss, distillation_loss   Eq. (6)-(8)
+    read_released, ...              the files that the authors published (ReCLIP.from_released)
 
 Symbols
     B images, C classes, D width of CLIP's joint space; H x W pixels, h x w patches, n = h * w
@@ -33,10 +35,12 @@ Symbols
     M_p  positional logits  (1, C, h, w)   the same for all images; (1, 1, h, w) with one channel
     (The paper writes n x C for one image. We keep the grid, h x w = n, and the batch.)
 
-Four numbers turn cosines into probabilities; each has its own task (values: VOC's):
+Cosines lie too close together for a softmax. Three temperatures divide them and one factor
+multiplies them, each for a task of its own (values: VOC's):
     tau_1     0.001  Eq. (4)  small: a patch takes its best class, noise decides only near ties
-    tau       0.01   Eq. (5)  CLIP's own temperature, 1 / logit scale
-    mask_tau  = tau  Eq. (6)  the same for the student's logits at each pixel (1: a learnt head)
+    tau       0.01   Eq. (5)  CLIP's own temperature, 1 / exp(logit_scale)
+    mask_tau  0.01   Eq. (6)  as Eq. (5)'s, for the student's logits at each pixel; Table 6's learnt
+                              classifier finds its own scale and has 1
     scale     100    evaluation only: softmax(100 M) where a threshold on a probability is asked for
 
 Copied elsewhere (with clip_model.py), it is used like this:
@@ -58,6 +62,7 @@ run, a named argument chooses.
 """
 
 import hashlib
+import sys
 from typing import NamedTuple
 
 import torch
@@ -65,9 +70,40 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clip_model import ATTENTIONS, load_clip, normalize_pixels, show, written_atomically
+from clip_model import (
+    ATTENTIONS,
+    MEAN,
+    STD,
+    load_clip,
+    normalize_pixels,
+    second_reading,
+    sha256_of,
+    show,
+    written_atomically,
+)
 
 IGNORE = 255  # in masks: no class
+
+
+# --- Two recipes ----------------------------------------------------------------------------------
+
+class Recipe(NamedTuple):
+    """How CLIP is run for the features of patches."""
+    exact_gelu: bool  # in its image tower; False: CLIP's own activation
+    mean: tuple       # of the images, red, green, blue in [0, 1]
+    std: tuple
+
+# The authors' code exists in two states. These two rows are all in which they differ whatever the
+# data set; what depends on the data set (sizes, epochs) is RECIPE_SIZES in datasets.py.
+#
+# That the first made the paper's numbers is inferred: it is what was published together with the
+# paper's checkpoints. It runs CLIP otherwise than CLIP was trained. The second runs it as it was
+# trained; so are images of your own and shapes. Texts and whole images (the pseudo-labels) are
+# encoded as CLIP was trained in both.
+RECIPES = {
+    "cvpr2024": Recipe(True, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
+    "2025": Recipe(False, MEAN, STD),                                        # CLIP's
+}
 
 
 # --- Sec. 3.1: the Query --------------------------------------------------------------------------
@@ -155,24 +191,30 @@ class ReferencePrompt(nn.Module):
         text per class, and the vectors adapt to the name that they stand before.
     length: L. Sec. 3.2 has 73 = 77 - 2 (start and end) - 2 (name), whatever the name; the released
         code cuts longer names off. We shorten the prompt instead, so that the longest name fits.
+    cut_names: True cuts as the released code does; for the files that it wrote.
     norm: the paper does not say how long W_r is. "frobenius" (released) divides by the norm of the
         whole C x D matrix: a row has length about 1 / sqrt(C), and M_r is a mild correction to M_q.
         "class" gives each row length 1: M_r is then as large as M_q itself.
     """
 
-    def __init__(self, clip, class_names, length=73, norm="frobenius"):
+    def __init__(self, clip, class_names, length=73, norm="frobenius", cut_names=False):
         super().__init__()
         if norm not in ("frobenius", "class"):
             raise ValueError(f"reference_norm is {norm!r}; it must be 'frobenius' or 'class'")
 
+        # What follows the prompt in the text of each class: its name and EOT, which is read.
         tokenizer = clip.tokenizer_or_default()
-        self.name_tokens = [tokenizer.encode(name.split("|")[0]) for name in class_names]
-        longest = max(len(tokens) for tokens in self.name_tokens)
+        names = [tokenizer.encode(name.split("|")[0]) for name in class_names]
+        self.endings = [[*name, clip.eot] for name in names]            # C lists of token ids
+        if cut_names:
+            self.endings = [cut_ending(ending) for ending in self.endings]
+        longest = max(len(ending) for ending in self.endings)
 
-        length = min(length, clip.context_length - 2 - longest)
+        length = min(length, clip.context_length - 1 - longest)
         if length < 1:
-            raise ValueError(f"no room for a prompt: the longest class name has {longest} of this "
-                             f"CLIP's {clip.context_length} tokens, or prompt_length is below 1")
+            raise ValueError(f"no room for a prompt: the longest class name has {longest - 1} of "
+                             f"this CLIP's {clip.context_length} tokens, or prompt_length is "
+                             "below 1")
 
         # Released: every vector starts as the embedding of token 0 ("!"). They do not stay equal,
         # because each stands at another position of the text.
@@ -181,7 +223,7 @@ class ReferencePrompt(nn.Module):
         self.norm = norm
 
     def forward(self, clip):
-        W_r = clip.encode_prompted(self.vectors, self.name_tokens)      # (C, D)
+        W_r = clip.encode_prompted(self.vectors, self.endings)          # (C, D)
         if self.norm == "frobenius":
             return W_r / W_r.norm()
         return W_r / W_r.norm(dim=-1, keepdim=True)
@@ -202,10 +244,11 @@ class PositionalBias(nn.Module):
         gradient. The released code has C, one per class, and so do we; 1 is offered as the paper's
         text.
     last_relu: released: a ReLU after the last batch norm too, hence M_p >= 0. The paper: not said.
-    gain: fixed factor on the output (ours; 1 is the paper's). After a batch norm M_p starts with a
-        spread of about 1, while the cosines of different classes differ by hundredths. In the short
-        training of shapes it would swamp them. A small factor makes M_p start small and, since
-        gradients carry it too, move calmly.
+    gain: fixed factor on the output (ours; 1, as in the paper, everywhere but on shapes). After a
+        batch norm M_p starts with a spread of about 1, more than the cosines of different classes
+        differ by (0.02 in OpenAI's CLIP, 0.2 in that of shapes): at first M_p decides the masks.
+        The 20 epochs of shapes are too short to tame it. There a small factor makes M_p start
+        small and, since gradients carry it too, move calmly.
     """
 
     def __init__(self, width, channels, last_relu=True, gain=1.0):
@@ -255,7 +298,9 @@ def gumbel_softmax_masks(rectified_logits, tau_1=0.001):
 
     Each patch is 1 for one class and 0 for the rest, as with an argmax over classes. But an argmax
     has no gradient. Here the forward value is a sample of softmax(M / tau_1), namely the argmax of
-    M / tau_1 + Gumbel noise, and the gradient is that of the softmax (straight-through).
+    M / tau_1 + Gumbel noise, and the gradient is that of the softmax of the same noisy logits
+    (straight-through). It is large only where two classes nearly tie: training moves the borders
+    of masks.
 
     The temperature divides the logits before the noise is added, as released (logits x 1000).
     Dividing noise and logits together, as in the usual formula, would drown cosines that differ by
@@ -267,11 +312,11 @@ def gumbel_softmax_masks(rectified_logits, tau_1=0.001):
 def image_level_labels(similarity, threshold, top_k):
     """Sec. 3.4: similarity of whole images to texts (B, C) -> labels (B, C) bool, c_1 .. c_K.
 
-    A class is taken to be in the image if its similarity is above the threshold t; if none is, the
+    A class is taken to be in the image if its similarity reaches the threshold t; if none does, the
     top_k best are (released). So each image has at least one. CLIP is good at this question: it was
     trained on whole images. These labels are guesses of CLIP; no annotation is read.
     """
-    labels = similarity > threshold                                     # (B, C)
+    labels = similarity >= threshold                                    # (B, C)
 
     top_k = min(top_k, similarity.shape[1])
     best = torch.zeros_like(labels)
@@ -308,8 +353,9 @@ def contrastive_loss(pooled, W_q, labels, tau):
     pooled under the cat mask looks like "cat" and like no other text, and the loss is low.
     """
     # S[b, c, j]: how much the patches under mask c resemble text j. If dog patches slipped into the
-    # cat mask, S[cat, dog] is high; the gradient then lowers M[cat] at those patches. M_q is
-    # frozen, so only the bias can move: it comes to know where "cat" is claimed too easily.
+    # cat mask, S[cat, dog] is high; the gradient then lowers M[cat] there, first of all where cat
+    # and dog nearly tie. M_q is frozen, so only the bias can move: it comes to know where "cat" is
+    # claimed too easily.
     S = torch.einsum("bcd,jd->bcj", pooled, W_q)                        # (B, C, C)
 
     # For each mask the log probability of its own text among all C texts: the diagonal j = c.
@@ -331,6 +377,10 @@ class Logits(NamedTuple):
     positional: torch.Tensor  # M_p (1, C, h, w), or (1, 1, h, w) with one channel
     rectified: torch.Tensor   # M   (B, C, h, w)
     features: torch.Tensor    # Z   (B, D, h, w), each patch of length 1
+
+
+# What these keys begin with is CLIP's, and in no checkpoint of ours.
+FROZEN = ("clip.", "dense_visual.")
 
 
 def _forget_cache(model, incompatible_keys):
@@ -355,7 +405,9 @@ class ReCLIP(nn.Module):
         and M_r differ only in scale at first. Eq. (5) still compares with CLIP's own W_q (ours): a
         loss that could move its own targets would have a trivial minimum.
     subtract: Table 5: False adds the bias.
-    reference_norm, positional_last_relu, positional_gain, tau_1, pool: see the functions above.
+    recipe: a key of RECIPES, how CLIP is run for patches.
+    cut_names, reference_norm, positional_last_relu, positional_gain, tau_1, pool: see the functions
+        above.
 
     Errors: ValueError for a value outside of these choices, or class names that do not work.
     """
@@ -376,11 +428,15 @@ class ReCLIP(nn.Module):
         tau_1=0.001,
         tau=None,
         pool="global",
+        recipe="2025",
+        cut_names=False,
         prompts=PROMPTS,
         W_q=None,
     ):
         super().__init__()
         check_class_names(class_names)
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe is {recipe!r}; it must be one of {', '.join(RECIPES)}")
         C = len(class_names)
         if pool not in ("global", "mask"):
             raise ValueError(f"pool is {pool!r}; it must be 'global' or 'mask'")
@@ -404,8 +460,13 @@ class ReCLIP(nn.Module):
             "tau_1": tau_1,
             "tau": tau,
             "pool": pool,
+            "recipe": recipe,
+            "cut_names": cut_names,
         }
         self.clip = clip.requires_grad_(False).eval()
+        self.recipe = recipe
+        self.released = None  # from_released: in what else the published file runs CLIP otherwise
+        self.read_patches_with()
         self.class_names = tuple(class_names)
         self.subtract = subtract
         self.attention = attention
@@ -424,9 +485,11 @@ class ReCLIP(nn.Module):
         self.reference = None
         self.positional = None
         if query_learnable:
-            self.query = ReferencePrompt(clip, class_names, prompt_length, "class")
+            self.query = ReferencePrompt(clip, class_names, prompt_length, "class", cut_names)
         if prompt_length:
-            self.reference = ReferencePrompt(clip, class_names, prompt_length, reference_norm)
+            self.reference = ReferencePrompt(
+                clip, class_names, prompt_length, reference_norm, cut_names
+            )
         channels = C if positional_channels is None else positional_channels
         if channels:
             width = clip.visual.class_embedding.numel()                 # E_v
@@ -452,13 +515,24 @@ class ReCLIP(nn.Module):
 
     # -- from an image to its logits ---------------------------------------------------------------
 
+    def read_patches_with(self, class_token=None, eps=None):
+        """Sets up the reading of CLIP's image tower that the recipe asks for (second_reading).
+
+        Whole images are encoded by CLIP's own tower, so the pseudo-labels do not depend on it.
+        """
+        exact_gelu = RECIPES[self.recipe].exact_gelu
+        self.dense_visual = second_reading(self.clip.visual, exact_gelu, class_token, eps)
+
     @torch.no_grad()
-    def features(self, images):
+    def features(self, images, valid=None):
         """Z (Sec. 3.1): images (B, 3, H, W) in [0, 1] -> (B, D, h, w), each patch of length 1.
 
+        valid: (B, H, W) bool, False where an image was padded; None: nowhere.
         No gradient: CLIP is frozen. Length 1, so that products with W_q are cosines.
         """
-        Z = self.clip.encode_image_dense(normalize_pixels(images), self.attention)
+        recipe = RECIPES[self.recipe]
+        pixels = normalize_pixels(images, recipe.mean, recipe.std, valid)
+        Z = self.clip.encode_image_dense(pixels, self.attention, self.dense_visual)
         return F.normalize(Z, dim=1)                                    # (B, D, h, w)
 
     def heads(self):
@@ -500,8 +574,8 @@ class ReCLIP(nn.Module):
         M = rectify_logits(M_q, M_b, self.subtract)                     # (B, C, h, w)
         return Logits(M_q, M_r, M_p, M, Z)
 
-    def forward(self, images):
-        return self.rectify(self.features(images))
+    def forward(self, images, valid=None):
+        return self.rectify(self.features(images, valid))
 
     def to_pixels(self, grid, height, width):
         """(B, C, h, w) on patches -> (B, C, height, width) on pixels, bilinear."""
@@ -537,7 +611,7 @@ class ReCLIP(nn.Module):
         W_q is not learnt, but kept, so that loading needs no 85 x C texts.
         """
         state = self.state_dict()
-        return {key: value for key, value in state.items() if not key.startswith("clip.")}
+        return {key: value for key, value in state.items() if not key.startswith(FROZEN)}
 
     def fingerprint(self):
         """sha256 of what was learnt. (That of a file changes with its name.)"""
@@ -561,6 +635,7 @@ class ReCLIP(nn.Module):
                 "sha256": self.clip.sha256,
                 "quick_gelu": self.clip.quick_gelu,
             },
+            "released": self.released,
         }
         with written_atomically(path) as temporary:
             torch.save(content, temporary)
@@ -582,6 +657,7 @@ class ReCLIP(nn.Module):
             source = content["clip"]["source"]
             sha256 = content["clip"]["sha256"]
             quick_gelu = content["clip"].get("quick_gelu", True)
+            released = content.get("released")
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no rectification at {path}: learn one first, with "
                                     "python train.py --stage rectify") from None
@@ -603,11 +679,58 @@ class ReCLIP(nn.Module):
 
         try:
             model = cls(clip, class_names, W_q=W_q, **settings)
-            own_clip = {f"clip.{key}": value for key, value in clip.state_dict().items()}
-            model.load_state_dict(learnt | own_clip, strict=True)
+            if released is not None:
+                model.released = released
+                model.read_patches_with(**released)
+            state = model.state_dict()
+            frozen = {key: state[key] for key in state if key.startswith(FROZEN)}
+            model.load_state_dict(learnt | frozen, strict=True)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path} does not fit this version: {reason}") from error
+        return model.to(device).eval()
+
+    @classmethod
+    def from_released(cls, path, class_names, recipe="cvpr2024", W_q=None, device="cpu"):
+        """A segmenter from a rectification that the paper's authors published, in eval mode.
+
+        Nothing else is needed: the file holds the whole CLIP. "The authors' published files", near
+        the end of reclip.py, says what is in it and why it is read as it is.
+
+        class_names: the data set's, in the authors' order (datasets.VOC_CLASSES and so on).
+        recipe: the files do not say which; that it is the paper's is inferred (see RECIPES).
+        W_q: (C, D), if it is known from an earlier time; else it is made of 85 C texts: seconds on
+            a GPU, minutes on a CPU.
+        Errors: FileNotFoundError; ValueError for a file that is none of theirs, or of other
+            classes.
+        """
+        state = read_released(path, len(class_names))
+        clip = load_clip(path, device)
+        if W_q is None:
+            W_q = query_text_features_with_progress(clip, class_names)
+        if W_q.shape != (len(class_names), clip.text_projection.shape[1]):
+            raise ValueError(f"W_q is {tuple(W_q.shape)}; it must have one row of "
+                             f"{clip.text_projection.shape[1]} numbers for each of the "
+                             f"{len(class_names)} classes")
+
+        try:
+            vectors = state["text_encoder.prompt_token"][0].float()             # (L, E_t)
+            model = cls(
+                clip,
+                class_names,
+                W_q=W_q.to(device),
+                prompt_length=len(vectors),
+                cut_names=True,
+                recipe=recipe,
+            )
+            model.released = {"class_token": state["vit.cls_token"].flatten().float(), "eps": 1e-6}
+            model.read_patches_with(**model.released)
+            model.reference.load_state_dict({"vectors": vectors})
+            model.positional.net.load_state_dict(fold_biases(state))
+        except (KeyError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is not a whole rectification of ReCLIP's authors: "
+                             f"{reason}") from error
         return model.to(device).eval()
 
 
@@ -640,16 +763,16 @@ def strong_classes(logits, threshold, scale=100.0):
     return kept | ~kept.any()
 
 
-def centers_on_grid(pixels, side, cells, output_stride, device):
-    """Where the centers of a row of pixels lie on a row of cells: (pixels,), for grid_sample.
+def centers_on_grid(mask_side, image_side, cells, output_stride, device):
+    """Where the centers of the mask's pixels lie on a row of cells: (mask_side,), for grid_sample.
 
-    The pixels span `side` pixels of the image that the network saw, the cells span
+    The mask spans image_side pixels of the image that the network saw, the cells span
     cells * output_stride of them. grid_sample counts from -1 (left edge of the grid) to 1 (right
     edge). What lies beyond the center of an outermost cell takes that cell's value.
     """
-    centers = torch.arange(pixels, device=device) + 0.5             # 0.5, 1.5, ...: of the mask
-    grid_side = cells * output_stride                               # in pixels of the seen image
-    positions = centers * (2 * side / pixels / grid_side) - 1       # -1 .. 1 over the grid
+    centers = torch.arange(mask_side, device=device) + 0.5              # in pixels of the mask
+    centers = centers * (image_side / mask_side)                        # in pixels of the image
+    positions = centers * (2 / (cells * output_stride)) - 1             # -1 .. 1 over the grid
     half_cell = 1 / cells
     return positions.clamp(half_cell - 1, 1 - half_cell)
 
@@ -731,7 +854,7 @@ def sum_over_groups(function, groups, *others):
 def summed_cross_entropy(student_logits, pseudo_labels, tau, to_pixels):
     """Eq. (6) before the mean: (images, C, h, w), (images, H, W) -> scalar, summed over pixels."""
     pixels = to_pixels(student_logits / tau, *pseudo_labels.shape[1:])  # (images, C, H, W)
-    return F.cross_entropy(pixels, pseudo_labels, reduction="sum")
+    return F.cross_entropy(pixels, pseudo_labels, ignore_index=IGNORE, reduction="sum")
 
 
 def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, piece=2 ** 25):
@@ -742,21 +865,22 @@ def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, piece=2 ** 2
     that fall here in one image and there in another are not that.
 
     student_logits: M^D on the student's grid (B, C, h, w).
-    pseudo_labels: M~ (B, H, W) int64.
+    pseudo_labels: M~ (B, H, W) int64; IGNORE where an image was padded.
     tau: the logits are cosines; as in Eq. (5) a temperature makes probabilities of them. (Eq. (6)
         prints none.)
     to_pixels: the student's.
     piece: numbers of the enlarged logits in memory at once; images go through in groups of that
         size.
-    -> scalar, the mean over all pixels of all images
+    -> scalar, the mean over the pixels of all images, without the padding
     """
     C = student_logits.shape[1]
     images_at_once = max(1, piece // (C * pseudo_labels[0].numel()))
     groups = list(zip(student_logits.split(images_at_once), pseudo_labels.split(images_at_once)))
-    return sum_over_groups(summed_cross_entropy, groups, tau, to_pixels) / pseudo_labels.numel()
+    total = sum_over_groups(summed_cross_entropy, groups, tau, to_pixels)
+    return total / (pseudo_labels != IGNORE).sum()
 
 
-def summed_l1(Z, Z_student, size, to_pixels, student_to_pixels):
+def summed_l1(Z, Z_student, valid, to_pixels, student_to_pixels):
     """Eq. (7) before the mean: (B, channels, h, w), (B, channels, h', w') -> scalar, a sum.
 
     An L1 norm is a sum over channels, so groups of channels may be added. Of a cosine, an L2
@@ -765,10 +889,12 @@ def summed_l1(Z, Z_student, size, to_pixels, student_to_pixels):
     # channels last: the same numbers, but a CPU enlarges them more than twice as fast
     Z = Z.contiguous(memory_format=torch.channels_last)
     Z_student = Z_student.contiguous(memory_format=torch.channels_last)
-    return (to_pixels(Z, *size) - student_to_pixels(Z_student, *size)).abs().sum()
+    H, W = valid.shape[1:]
+    difference = to_pixels(Z, H, W) - student_to_pixels(Z_student, H, W)    # (B, channels, H, W)
+    return (difference.abs() * valid[:, None]).sum()
 
 
-def feature_guided_loss(Z, Z_student, size, to_pixels, student_to_pixels, piece=2 ** 25):
+def feature_guided_loss(Z, Z_student, valid, to_pixels, student_to_pixels, piece=2 ** 25):
     """Eq. (7): L_feat = || Z - Z^ ||_1, both enlarged to the image's size (H, W).
 
     The student's head is made of CLIP's texts, which only mean something to features of CLIP's
@@ -776,18 +902,17 @@ def feature_guided_loss(Z, Z_student, size, to_pixels, student_to_pixels, piece=
 
     Z: the teacher's features (B, D, h, w), enlarged by to_pixels.
     Z_student: Z^ (B, D, h', w'), enlarged by student_to_pixels.
-    size: (H, W).
+    valid: (B, H, W) bool, the pixels of the images; False where they were padded.
     piece: numbers of one enlarged map in memory at once; channels go through in groups of that
         size, which is right for L1 alone (see summed_l1).
     -> scalar: the norm is summed over the D features of a pixel, the mean is over pixels (ours).
         The paper does not say; but a mean over D too would make this term D times weaker, next to
         nothing beside Eq. (6).
     """
-    H, W = size
-    B = len(Z)
-    channels_at_once = max(1, piece // (B * H * W))
+    channels_at_once = max(1, piece // valid.numel())
     groups = list(zip(Z.split(channels_at_once, 1), Z_student.split(channels_at_once, 1)))
-    return sum_over_groups(summed_l1, groups, size, to_pixels, student_to_pixels) / (B * H * W)
+    total = sum_over_groups(summed_l1, groups, valid, to_pixels, student_to_pixels)
+    return total / valid.sum()
 
 
 def text_guided_loss(student_logits, Z_student, W_q, labels, tau_1, tau, pool="global"):
@@ -810,6 +935,137 @@ def text_guided_loss(student_logits, Z_student, W_q, labels, tau_1, tau, pool="g
 def distillation_loss(mask_loss, feature_loss, text_loss, alpha=0.5, beta=0.5):
     """Eq. (8): L_distill = L_mask + alpha L_feat + beta L_text; alpha = beta = 0.5 (Sec. 3.5)."""
     return mask_loss + alpha * feature_loss + beta * text_loss
+
+
+# --- The authors' published files -----------------------------------------------------------------
+
+# github.com/dogehhh/ReCLIP links to the checkpoints behind the paper's numbers. One of stage 1
+# holds, under names that begin with "module.":
+#
+#     clip.*                          OpenAI's CLIP, under OpenAI's names: load_clip takes it
+#     vit.*, text_encoder.*           its two towers once more; of these only what differs is read:
+#     vit.cls_token                   the class token that reads patches, from a file of its own
+#     text_encoder.prompt_token       v_1 .. v_73 of Eq. (1)
+#     proj_net.{0,3,6}, {1,4,7}       the positional net: convolutions with bias, batch norms
+#
+# The logits are the authors' own if three habits of their code are kept: eps 1e-6 in the layer
+# norms of the image tower's blocks (read_patches_with), names cut to three tokens (cut_ending), and
+# convolutions with biases (fold_biases).
+
+def released_kind(path):
+    """Which of the authors' files is this? "ReCLIP", "ReCLIP++", "student", or None: another file.
+
+    Told by its keys alone; whatever cannot be read is None, and whoever loads it says why.
+    """
+    try:
+        keys = torch.load(path, map_location="meta", weights_only=True, mmap=True).keys()
+    except Exception:  # whatever a broken or hostile file provokes
+        return None
+    if "module.pe_proj.weight" in keys:
+        return "ReCLIP++"
+    if "module.text_encoder.prompt_token" in keys:
+        return "ReCLIP"
+    if "decode_head.decode_module.aspp_modules.0.conv.weight" in keys:
+        return "student"
+    return None
+
+
+def open_rectification(path, class_names, clip=None, recipe=None, W_q_path=None, device="cpu"):
+    """A rectification of either kind, ReCLIP.save's or the authors', in eval mode.
+
+    class_names: needed for the authors' files, which do not name their classes.
+    clip: as ReCLIP.load takes it.
+    recipe: for the authors' files, cvpr2024 if None. A file of ours has been learnt under one and
+        keeps it.
+    W_q_path: a file that keeps the W_q of an authors' file from one time to the next; None: none.
+    Errors: FileNotFoundError, ValueError, as load and from_released raise them.
+    """
+    if released_kind(path) is None:
+        model = ReCLIP.load(path, clip, device)
+        if recipe not in (None, model.recipe):
+            raise ValueError(f"{path} was learnt under the recipe {model.recipe} and is read under "
+                             f"no other, such as {recipe}")
+        return model
+
+    W_q = None
+    origin = {"file": sha256_of(path), "class_names": list(class_names)}
+    try:
+        kept = torch.load(W_q_path, map_location=device, weights_only=True)
+        if kept["origin"] == origin:
+            W_q = kept["W_q"]
+    except Exception:  # none there, or no such file: it is made anew
+        pass
+
+    model = ReCLIP.from_released(path, class_names, recipe or "cvpr2024", W_q, device)
+    if W_q is None and W_q_path is not None:
+        with written_atomically(W_q_path) as temporary:
+            torch.save({"origin": origin, "W_q": model.W_q.cpu()}, temporary)
+    return model
+
+
+def read_released(path, classes):
+    """A published rectification as {name without "module.": tensor}.
+
+    Errors: FileNotFoundError; ValueError for another file, or one of another number of classes.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = {key.removeprefix("module."): value for key, value in content.items()}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no published rectification at {path}: the README says "
+                                "where the authors keep theirs") from None
+    except Exception as error:  # whatever a broken or hostile file provokes
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(f"{path} is not a checkpoint, or is truncated: {reason}") from error
+
+    if "pe_proj.weight" in state:
+        raise ValueError(f"{path} is a ReCLIP++ checkpoint, which is another method than ReCLIP")
+    if "text_encoder.prompt_token" not in state or "proj_net.6.weight" not in state:
+        raise ValueError(f"{path} is not a rectification of ReCLIP's authors: it has no prompt "
+                         "(text_encoder.prompt_token) or no positional net (proj_net.6.weight)")
+    learnt_for = len(state["proj_net.6.weight"])
+    if learnt_for != classes:
+        raise ValueError(f"{path} was learnt for {learnt_for} classes, and {classes} are named: "
+                         "give the names of its data set, in the authors' order")
+    return state
+
+
+def cut_ending(ending):
+    """How the authors read a text: [name, EOT] cut to three tokens, of which the largest is read.
+
+    EOT has the largest id of all; so this is EOT as usual, unless the name is too long. Of "chest
+    of drawers" the three words are left, and whichever has the largest id is read; what stands
+    after it is not seen, since the tower is causal. Three names of ADE20K are cut like this.
+    """
+    kept = ending[:3]
+    read = kept.index(max(kept))
+    return kept[:read + 1]
+
+
+def fold_biases(state):
+    """The positional net of a published file, for PositionalBias.net, which has no biases.
+
+    A batch norm subtracts its running mean. Whether b is added before that or the mean is lower by
+    b comes to the same.
+    """
+    net = {}
+    for conv, norm in ((0, 1), (3, 4), (6, 7)):
+        net[f"{conv}.weight"] = state[f"proj_net.{conv}.weight"]
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            net[f"{norm}.{name}"] = state[f"proj_net.{norm}.{name}"]
+        bias = state[f"proj_net.{conv}.bias"]
+        net[f"{norm}.running_mean"] = net[f"{norm}.running_mean"] - bias
+    return net
+
+
+def query_text_features_with_progress(clip, class_names):
+    """W_q (C, D), with a line on stderr that counts the classes: 85 texts each take their time."""
+    rows = []
+    for done, name in enumerate(class_names, start=1):
+        rows.append(query_text_features(clip, [name]))                  # (1, D)
+        print(f"\rtexts of {done} of {len(class_names)} classes", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    return torch.cat(rows)
 
 
 # --- A guided tour --------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from torch.utils.data import DataLoader
 from clip_model import load_clip, written_atomically
 from datasets import (
     DATA,
+    IGNORE,
     SETTINGS,
     Augment,
     Evaluation,
@@ -51,14 +52,16 @@ from datasets import (
     Settings,
     Thumbnails,
     TrainingStream,
+    find_settings,
     open_split,
     own_facts,
     read_classes,
 )
 from deeplab import DeepLabV2
-from eval import Protocol, evaluate_stage
+from eval import evaluate_stage, find_protocol
 from reclip import (
     PROMPTS,
+    RECIPES,
     ReCLIP,
     contrastive_loss,
     distillation_loss,
@@ -66,6 +69,7 @@ from reclip import (
     gumbel_softmax_masks,
     mask_guided_loss,
     masked_features,
+    open_rectification,
     text_guided_loss,
 )
 
@@ -92,42 +96,47 @@ def train_rectification(model, split, labels, settings, run):
     )
 
     augment = Augment(
-        long_side=settings.long_side,
+        long_side=settings.rectify_long_side,
         short_side=settings.rectify_short_side,
         crop=settings.crop,
+        ratio=(settings.resize_from, settings.resize_to),
         flip=settings.flip,
         photometric=settings.photometric,
+        antialias=split.antialias,
     )
     stream = TrainingStream(split, augment, run.seed)
     images_per_step = settings.rectify_batch * run.processes
     steps = math.ceil(settings.rectify_epochs * len(split) / images_per_step)
 
-    # CLIP is frozen, so an image that never changes (shapes) has features that never change.
-    known = {}
+    # CLIP is frozen, so an image that is never augmented (shapes) has features that never change.
+    # They are computed once, here: items 0 .. N-1 of the stream are its first epoch, each image
+    # once.
+    features_of = {}
     if not augment.changes:
-        for images, names in DataLoader(stream, 32, sampler=range(len(split))):
+        for images, _, names in DataLoader(stream, 32, sampler=range(len(split))):
             for name, Z in zip(names, model.features(images.to(run.device))):
-                known[name] = Z                                         # (D, h, w)
+                features_of[name] = Z                                   # (D, h, w)
 
     model.train()
     run.begin(modules, optimizer, steps, images_per_step, len(split))
-    for step, images, names in run.batches(stream, settings.rectify_batch):
-        # Sec. 4.1: poly decay; once an epoch, as released. On VOC the horizon is 200 epochs and the
-        # training ends after 50 (released), so that the learning rate never comes near 0.
+    for step, images, valid, names in run.batches(stream, settings.rectify_batch):
+        # Sec. 4.1: poly decay, once an epoch, as released.
         epoch = step * images_per_step // len(split)
         lr = poly_learning_rate(
             settings.lr, epoch, settings.rectify_poly_epochs, settings.poly_power
         )
         set_learning_rate(optimizer, lr)
 
-        # Which classes do these images hold? By CLIP's own guess; no annotation is opened anywhere.
+        # Which classes do these images hold? By CLIP's own guess on the whole image; no annotation
+        # is opened anywhere. A crop may have lost one of them: the mask of that class then holds
+        # something else, which is noise in the loss.
         present = torch.stack([labels[name] for name in names]).to(run.device)   # (B, C) bool
 
         # Sec. 3.1: the patches as CLIP sees them. CLIP is frozen: no gradient passes here.
-        if known:
-            Z = torch.stack([known[name] for name in names])                     # (B, D, h, w)
+        if features_of:
+            Z = torch.stack([features_of[name] for name in names])               # (B, D, h, w)
         else:
-            Z = model.features(images)                                           # (B, D, h, w)
+            Z = model.features(images, valid)                                    # (B, D, h, w)
 
         # Eq. (1)-(3): what CLIP says of each patch, less its leaning towards classes and places.
         M = model.rectify(Z).rectified                                           # (B, C, h, w)
@@ -135,9 +144,9 @@ def train_rectification(model, split, labels, settings, run):
         # Eq. (4): every patch picks one class. These masks are hard, but a gradient passes through.
         masks = gumbel_softmax_masks(M, model.tau_1)                             # (B, C, h, w)
 
-        # Eq. (5): what lies under the mask of a class must look like the text of that class. Where
-        # it does not, the mask took patches of another class, and the bias that let it is put
-        # right.
+        # Eq. (5): what lies under the mask of a class must look like the text of that class. If it
+        # does not, patches of another class have come under the mask, and the loss corrects the
+        # bias that let them in.
         pooled = masked_features(Z, masks, model.pool)                           # (B, C, D)
         loss = contrastive_loss(pooled, model.W_q, present, model.tau)           # scalar
 
@@ -167,22 +176,22 @@ def train_distillation(teacher, student, split, labels, settings, run):
     split, labels, settings, run: as in train_rectification.
     -> the student, in eval mode
     """
-    teacher.eval()  # in training its batch norms would learn from the student's images
+    # In eval mode M_p is what stage 1 ended with. In train mode the batch norms of its net would go
+    # on changing it, with the grid of the student's crops.
+    teacher.eval()
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, settings.distill_lr, settings.momentum, weight_decay=settings.weight_decay
     )
 
-    # The shorter side becomes 1 to 2 times the crop, so that an image of up to 4:1 fills the crop.
-    # A smaller one would be padded with grey, and the student would learn what the teacher says of
-    # grey (ours).
     augment = Augment(
-        long_side=settings.long_side,
-        short_side=settings.distill_crop,
+        long_side=settings.distill_long_side,
+        short_side=settings.distill_short_side,
         crop=settings.distill_crop,
-        ratio=(1.0, 2.0),
+        ratio=(settings.resize_from, settings.resize_to),
         flip=settings.flip,
         photometric=settings.photometric,
+        antialias=split.antialias,
     )
     stream = TrainingStream(split, augment, run.seed)
     images_per_step = settings.distill_batch * run.processes
@@ -197,7 +206,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
     student.train()
     student.to(memory_format=torch.channels_last)  # the same numbers, faster convolutions
     run.begin({"student": student}, optimizer, steps, images_per_step, len(split))
-    for step, images, names in run.batches(stream, settings.distill_batch):
+    for step, images, valid, names in run.batches(stream, settings.distill_batch):
         # Sec. 4.1: poly decay over all epochs, and never below a floor (released).
         epoch = step * images_per_step // len(split)
         lr = poly_learning_rate(
@@ -211,16 +220,16 @@ def train_distillation(teacher, student, split, labels, settings, run):
         size = images.shape[2:]                                                  # (H, W)
 
         # What the teacher says. Its masks are the pseudo-labels M~: every pixel gets a class, and
-        # none is looked up anywhere.
+        # none is looked up anywhere. Where an image was padded there is nothing to learn.
         with torch.no_grad():
-            teacher_logits = teacher(images)            # Logits: .rectified is M, .features is Z
+            teacher_logits = teacher(images, valid)     # Logits: .rectified is M, .features is Z
             M = teacher.to_pixels(teacher_logits.rectified, *size)               # (B, C, H, W)
-            pseudo_labels = M.argmax(1)                                          # (B, H, W)
+            pseudo_labels = M.argmax(1).masked_fill(~valid, IGNORE)              # (B, H, W)
 
         # What the student says of the same images, and how far it is from that. On a GPU its
         # convolutions run in bf16; its head and the text-guided loss stay in fp32 by themselves.
         with torch.autocast(run.device_type, torch.bfloat16, enabled=run.device_type == "cuda"):
-            student_logits = student(images)            # Logits: .rectified is M^D, .features is Z^
+            student_logits = student(images, valid)     # Logits: .rectified is M^D, .features is Z^
 
             # Eq. (6): each pixel should get the class that the teacher gave it.
             mask_loss = mask_guided_loss(
@@ -231,7 +240,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
             feature_loss = 0
             if settings.alpha:
                 feature_loss = feature_guided_loss(
-                    teacher_logits.features, student_logits.features, size,
+                    teacher_logits.features, student_logits.features, valid,
                     teacher.to_pixels, student.to_pixels,
                 )
 
@@ -326,6 +335,7 @@ def new_reclip(clip, facts, settings, seed):
         tau_1=settings.tau_1,
         tau=settings.tau,
         pool=settings.pool,
+        recipe=settings.recipe,
     ).train()
 
 
@@ -360,10 +370,11 @@ def new_student(teacher, settings, seed):
         student=settings.student,
         head=head,
         backbone_weights=weights,
+        recipe=teacher.recipe,
     ).train()
 
 
-# --- Pseudo-labels of the training images, Sec. 3.4 -----------------------------------------------
+# --- Image-level labels of the training images, Sec. 3.4 ------------------------------------------
 
 def origin_of(facts, settings, clip, split):
     """All that pseudo-labels depend on: kept beside them, and part of what identifies a run."""
@@ -439,7 +450,7 @@ class Run:
 
         run = Run("rectify", Path("runs/voc"), identity)
         run.begin(modules, optimizer, steps, images_per_step, len(split))    # --resume goes on here
-        for step, images, names in run.batches(stream, batch_size):
+        for step, images, valid, names in run.batches(stream, batch_size):
             ...
             run.require_finite(step, loss, parameters, names)    # NaN ends the run before the step
             optimizer.step()
@@ -497,7 +508,9 @@ class Run:
         self.began = time.perf_counter()
 
     def batches(self, stream, batch_size):
-        """Yields (step, images (B, 3, H, W) on the device, their names) until the last step.
+        """Yields (step, images (B, 3, H, W), valid (B, H, W) bool, names) until the last step.
+
+        Images and valid (see datasets.Augment) are on the device.
 
         Step s of process r takes the images (s * processes + r) * batch_size and following of the
         endless stream: within an epoch no two processes share an image, and no batch is smaller
@@ -510,12 +523,14 @@ class Run:
             pin_memory=self.device_type == "cuda",
         )
         with self.stop_signals():
-            for step, (images, names) in enumerate(loader, self.first):
+            for step, (images, valid, names) in enumerate(loader, self.first):
                 # What is random in a step, the noise of Eq. (4), follows from its number. Processes
                 # get noise of their own, and the large primes keep it apart from the draws of the
                 # stream and of other seeds.
                 torch.manual_seed((self.seed + 1) * 7_368_787 + step + self.rank * 1_000_000_007)
-                yield step, images.to(self.device, non_blocking=True), names
+                images = images.to(self.device, non_blocking=True)
+                valid = valid.to(self.device, non_blocking=True)
+                yield step, images, valid, names
 
                 if self.stopping and step + 1 < self.steps:
                     raise KeyboardInterrupt
@@ -687,15 +702,20 @@ def rectify_stage(facts, settings, split, clip_name, labels_path, run):
     return train_rectification(model, split, labels, settings, run)
 
 
-def distill_stage(facts, settings, split, clip_name, teacher_path, labels_path, run):
+def distill_stage(facts, settings, split, clip_name, teacher_path, labels_path, run, recipe=None):
     """Stage 2: the teacher, a new student, the loop. -> DeepLabV2 in eval mode
 
-    teacher_path: what stage 1 wrote. clip_name: None for the CLIP that the teacher was learnt on.
+    teacher_path: what stage 1 wrote, or a rectification that the authors published.
+    clip_name: None for the CLIP that the teacher was learnt on.
+    recipe: how a published teacher reads images (None: cvpr2024); ours keeps its own.
     """
     clip = None
     if clip_name:
         clip = load_clip(clip_name, run.device)
-    teacher = ReCLIP.load(teacher_path, clip, run.device)
+    with rank_0_first():
+        teacher = open_rectification(
+            teacher_path, facts.classes, clip, recipe, run.out / "W_q.pt", run.device
+        )
     if teacher.class_names != facts.classes:
         raise ValueError(f"{teacher_path} was learnt for other classes than {facts.name}'s: "
                          f"{', '.join(teacher.class_names)}")
@@ -710,13 +730,16 @@ def distill_stage(facts, settings, split, clip_name, teacher_path, labels_path, 
     return train_distillation(teacher, student, split, labels, settings, run)
 
 
-def print_table(rows, facts, split_name, dataset, protocol, workers):
+def print_table(rows, facts, split_name, labelled, settings, workers):
     """Evaluates models and prints a table in the form of the paper's Tables 2 and 4.
 
     rows: (title, model, stage, folder of the results, (model, stage) pairs to be drawn beside it).
+    labelled: the split with its truth. settings: datasets.Settings, for the protocols.
     """
     lines = []
     for title, model, stage, folder, others in rows:
+        protocol = find_protocol(settings, stage)
+        dataset = Evaluation(labelled, protocol.long_side, protocol.short_side)
         result = evaluate_stage(
             model, stage, facts, split_name, dataset, protocol, folder, others, workers
         )
@@ -762,14 +785,17 @@ def make_parser():
     add("--cache", action=argparse.BooleanOptionalAction,
         help="keep decoded images in memory (default: below 2 GiB)")
     add("--split", help="split of the table of --stage all (default: test of shapes, else val)")
-    add("--short-side", "--short_side", type=int,
-        help="evaluation of --stage all: pixels; 0: own size (default: the data set's)")
-    add("--denoise", type=float, help="evaluation of --stage all: drop classes whose best "
-        "probability is below; 0: off (default: as released)")
+    add("--recipe", choices=list(RECIPES),
+        help="which of the authors' two, for voc, context and ade20k (default: cvpr2024, the one "
+        "published with the paper's checkpoints)")
 
     # Every hyper-parameter is an option too. None means: not given, so the data set's own.
-    group = parser.add_argument_group("hyper-parameters", "defaults in brackets, by data set")
+    group = parser.add_argument_group(
+        "hyper-parameters", "defaults in brackets, by data set, under the default recipe"
+    )
     for field in dataclasses.fields(Settings):
+        if field.name == "recipe":
+            continue
         spellings = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
         kind = {"type": field.type}
         if field.type is bool:
@@ -780,7 +806,7 @@ def make_parser():
 
 def describe(field):
     """Help of a setting: what it is, where it is from, and its default by data set."""
-    values = {name: getattr(settings, field.name) for name, settings in SETTINGS.items()}
+    values = {name: getattr(find_settings(name), field.name) for name in SETTINGS}
     if len(set(values.values())) == 1:
         values = {"all": values["voc"]}
 
@@ -813,17 +839,16 @@ def parse_arguments(argv=None):
     changes = {}  # settings that the command line gives
     for field in dataclasses.fields(Settings):
         value = getattr(args, field.name)
-        if value is not None:
+        if value is not None and field.name != "recipe":
             changes[field.name] = value
     if args.epochs is not None:
         stage = "distill" if args.stage == "distill" else "rectify"
         changes[f"{stage}_epochs"] = args.epochs
-    settings = find_settings(args.data, changes)
+    settings = find_settings(args.data, args.recipe, **changes)
+    if args.data != "shapes" and not (settings.crop and settings.distill_crop):
+        raise ValueError("--crop 0 and --distill-crop 0 need images of one size; those of "
+                         f"{args.data} differ")
 
-    if args.short_side is None:
-        args.short_side = facts.short_side
-    if args.denoise is None:
-        args.denoise = facts.denoise
     if args.workers is None:
         args.workers = 4 if args.device.startswith("cuda") else 0
     if args.out is None:
@@ -854,15 +879,6 @@ def find_facts(data, classes):
     return own_facts(data, read_classes(classes))
 
 
-def find_settings(data, changes):
-    """The settings of the data set that --data names, or of your own images, with some changed."""
-    settings = dataclasses.replace(SETTINGS.get(data, SETTINGS["own"]), **changes)
-    if data != "shapes" and not (settings.crop and settings.distill_crop):
-        raise ValueError("--crop 0 and --distill-crop 0 need images of one size; those of "
-                         f"{data} differ")
-    return settings
-
-
 def join_processes(stage, device):
     """Under torchrun: this process's part in the run, on one GPU each (NCCL) or the CPU (gloo).
 
@@ -887,7 +903,6 @@ def join_processes(stage, device):
 
 def main(argv=None):
     args, facts, settings = parse_arguments(argv)
-    protocol = Protocol(short_side=args.short_side, denoise=args.denoise)
 
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
@@ -898,7 +913,7 @@ def main(argv=None):
         args.device = join_processes(args.stage, args.device)
 
     split = open_training_images(args.data, args.root, args.download, args.cache, args.workers)
-    labels_path = args.out / "image_labels.json"  # one file for all: they depend on CLIP alone
+    labels_path = args.out / "image_labels.json"  # one file for all: nothing learnt goes into them
     run_options = (args.seed, args.resume, args.device, args.workers)
     rectification = Run("rectify", args.out, {}, *run_options)
     distillation = Run("distill", args.out, {}, *run_options)
@@ -907,7 +922,7 @@ def main(argv=None):
         rectify_stage(facts, settings, split, args.clip, labels_path, rectification)
     elif args.stage == "distill":
         distill_stage(
-            facts, settings, split, args.clip, args.teacher, labels_path, distillation
+            facts, settings, split, args.clip, args.teacher, labels_path, distillation, args.recipe
         )
     else:
         # The second row of the table: the Reference without the positional net.
@@ -928,7 +943,6 @@ def main(argv=None):
 
         # Only here is truth read, to measure what has been learnt.
         labelled = open_split(args.data, args.root, args.split, args.download)
-        dataset = Evaluation(labelled, args.short_side)
         earlier = [(model, "clip"), (model, "rectify")]  # drawn beside the student
         rows = [
             ("MaskCLIP (Query only)", model, "clip", args.out, []),
@@ -936,7 +950,7 @@ def main(argv=None):
             ("+ Reference + positional", model, "rectify", args.out, earlier[:1]),
             ("distilled", student, "distill", args.out, earlier),
         ]
-        print_table(rows, facts, args.split, dataset, protocol, args.workers)
+        print_table(rows, facts, args.split, labelled, settings, args.workers)
         print(f"masks: {args.out / 'eval_distill.png'}")
 
     if dist.is_initialized():

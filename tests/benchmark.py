@@ -55,9 +55,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip_model import CLIP, Tokenizer, normalize_pixels, written_atomically  # noqa: E402
-from datasets import DATA, Augment, Evaluation, Files, TrainingStream  # noqa: E402
+from datasets import DATA, Augment, Evaluation, Files, TrainingStream, find_settings  # noqa: E402
 from deeplab import DeepLabV2  # noqa: E402
-from eval import Protocol, predict_mask  # noqa: E402
+from eval import find_protocol, predict_mask  # noqa: E402
 from pretrain import learn_merges  # noqa: E402  (of this folder)
 from reclip import (  # noqa: E402
     ReCLIP,
@@ -203,15 +203,14 @@ def plain_features(model, images):
 
 def plain_reference_head(clip, reference):
     """Eq. (1) with all tokens of every class: -> W_r (C, D)"""
-    names = reference.name_tokens
-    C = len(names)
+    C = len(reference.endings)
     L, E = reference.vectors.shape
     length = clip.context_length
 
     behind_prompt = []
-    for name in names:
-        padding = [0] * (length - 2 - L - len(name))
-        behind_prompt.append([*name, clip.eot, *padding])
+    for ending in reference.endings:
+        padding = [0] * (length - 1 - L - len(ending))
+        behind_prompt.append([*ending, *padding])
     behind_prompt = torch.tensor(behind_prompt, device=clip.logit_scale.device)  # (C, length-1-L)
 
     start = clip.token_embedding.weight[clip.sot].expand(C, 1, E)
@@ -438,8 +437,10 @@ def files(quick, device, repeat, count=4):
     """Evaluation and the data pipeline, on smooth JPEGs of 500 x 375: seconds per image."""
     facts = DATA["voc"]
     model = build_model(facts.classes, quick, device).eval()
-    short_side = 64 if quick else facts.short_side
-    protocol = Protocol(short_side, denoise=facts.denoise)
+    settings = find_settings("voc")
+    if quick:
+        settings = find_settings("voc", rectify_short_side=64)
+    protocol = find_protocol(settings, "rectify")
 
     with tempfile.TemporaryDirectory() as folder:
         jpegs = [Path(folder, f"{i}.jpg") for i in range(count)]
@@ -449,8 +450,11 @@ def files(quick, device, repeat, count=4):
             noise.convert("RGB").save(jpeg, quality=90)
             Image.new("L", (500, 375), 1).save(png)
         split = Files(jpegs, pngs, range(1, 21))
-        dataset = Evaluation(split, short_side)
-        stream = TrainingStream(split, Augment(2048, facts.short_side, 336), seed=0)
+        dataset = Evaluation(split, protocol.long_side, protocol.short_side)
+        augment = Augment(
+            settings.rectify_long_side, settings.rectify_short_side, settings.crop, antialias=False
+        )
+        stream = TrainingStream(split, augment, seed=0)
 
         def evaluate():
             for i in range(count):
@@ -489,20 +493,20 @@ def distillation(quick, device, repeat):
     optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4)
     images = torch.rand(B, 3, crop, crop, device=device)
     labels = torch.eye(B, len(names), device=device).bool()             # (B, C)
-    size = (crop, crop)
+    valid = torch.ones(B, crop, crop, dtype=torch.bool, device=device)
 
     def step():
         with torch.no_grad():
-            taught = teacher(images)
-            pseudo_labels = teacher.to_pixels(taught.rectified, *size).argmax(1)    # (B, H, W)
+            taught = teacher(images, valid)
+            pseudo_labels = teacher.to_pixels(taught.rectified, crop, crop).argmax(1)   # (B, H, W)
 
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-            answer = student(images)
+            answer = student(images, valid)
             mask_loss = mask_guided_loss(
                 answer.rectified, pseudo_labels, teacher.tau, student.to_pixels
             )
             feature_loss = feature_guided_loss(
-                taught.features, answer.features, size, teacher.to_pixels, student.to_pixels
+                taught.features, answer.features, valid, teacher.to_pixels, student.to_pixels
             )
             text_loss = text_guided_loss(
                 answer.rectified, answer.features, teacher.W_q, labels,

@@ -66,11 +66,11 @@ from clip_model import load_clip, written_atomically  # noqa: E402  (the path co
 from datasets import (  # noqa: E402
     DATA,
     IGNORE,
-    SETTINGS,
     DataFacts,
     Evaluation,
     Settings,
     Thumbnails,
+    find_settings,
     open_split,
 )
 from deeplab import DeepLabV2  # noqa: E402
@@ -79,15 +79,15 @@ from eval import (  # noqa: E402
     GREY,
     INK,
     WHITE,
-    Protocol,
     color_mask,
     confusion_matrix,
+    find_protocol,
     predict_mask,
     predict_split,
     scores,
     with_legend,
 )
-from reclip import ReCLIP  # noqa: E402
+from reclip import FROZEN, RECIPES, ReCLIP  # noqa: E402
 from train import (  # noqa: E402
     Run,
     label_training_set,
@@ -261,7 +261,6 @@ class Experiment(NamedTuple):
     origin: dict         # what the image-level labels depend on (train.origin_of)
     out: Path            # runs/<data>
     split: str           # that is evaluated
-    protocol: Protocol
     device: str
     workers: int         # processes that decode images
 
@@ -269,10 +268,15 @@ class Experiment(NamedTuple):
         """Where checkpoint, training.json and result.json of a row lie."""
         return self.out / "paper" / f"seed{seed}" / name
 
-    def labelled(self, split_name):
+    def protocol_of(self, row):
+        """A Protocol: students are evaluated at the distillation's sides, all else at stage 1's."""
+        stage = "distill" if row.stage in ("distill", "linear") else "rectify"
+        return find_protocol(self.settings, stage)
+
+    def labelled(self, split_name, protocol):
         """Images of a split with their truth."""
         split = open_split(self.facts.name, self.root, split_name)
-        return Evaluation(split, self.protocol.short_side)
+        return Evaluation(split, protocol.long_side, protocol.short_side)
 
 
 # --- Training a row -------------------------------------------------------------------------------
@@ -393,7 +397,8 @@ def open_row(experiment, row, path):
         return DeepLabV2.load(path, experiment.device)
     if row.stage == "linear":
         student = DeepLabV2.load(path, experiment.device)
-        return linear_classification(student, experiment.labelled("train"))
+        pairs = experiment.labelled("train", experiment.protocol_of(row))
+        return linear_classification(student, pairs)
 
     clip = load_clip(experiment.clip, experiment.device)
     if row.control == "one number":
@@ -415,8 +420,8 @@ def load_constant_bias(path, clip, device):
     learnt = content["learnt"]
     model = ReCLIP(clip, content["class_names"], W_q=learnt["W_q"], **content["settings"])
     model.positional = ConstantBias(len(content["class_names"]))
-    own_clip = {f"clip.{key}": value for key, value in clip.state_dict().items()}
-    model.load_state_dict(learnt | own_clip, strict=True)
+    frozen = {key: value for key, value in model.state_dict().items() if key.startswith(FROZEN)}
+    model.load_state_dict(learnt | frozen, strict=True)
     return model.to(device).eval()
 
 
@@ -561,7 +566,7 @@ def measured_row(experiment, plan, name, seed):
                                 "--report-only, it goes on where it stopped")
 
     identity = {
-        "protocol": describe_protocol(experiment),
+        "protocol": describe_protocol(experiment, row),
         "stage": row.stage,
         "changes": row.changes,
         "control": row.control,
@@ -574,12 +579,13 @@ def measured_row(experiment, plan, name, seed):
         return known
 
     model = open_row(experiment, row, path)
-    dataset = experiment.labelled(experiment.split)
+    protocol = experiment.protocol_of(row)
+    dataset = experiment.labelled(experiment.split, protocol)
     C = len(experiment.facts.classes)
     confusion = torch.zeros(C, C, dtype=torch.int64)
     distances = torch.zeros(len(EDGES) - 1, C, 2, dtype=torch.int64)
     for mask, truth, _ in predict_split(
-        model, "rectify", dataset, experiment.protocol, f"{name}, seed {seed}", experiment.workers
+        model, "rectify", dataset, protocol, f"{name}, seed {seed}", experiment.workers
     ):
         confusion += confusion_matrix(mask, truth, C)
         distances += distance_counts(mask, truth, C, EDGES)
@@ -595,11 +601,11 @@ def measured_row(experiment, plan, name, seed):
     return result
 
 
-def describe_protocol(experiment):
-    """All without which a number means nothing, in a line."""
+def describe_protocol(experiment, row):
+    """All without which the number of a row means nothing, in a line."""
     facts = experiment.facts
-    return (f"{facts.name} {experiment.split}, {experiment.protocol.describe()}, "
-            f"{facts.background}")
+    return (f"{facts.name} {experiment.split}, recipe {experiment.settings.recipe}, "
+            f"{experiment.protocol_of(row).describe()}, {facts.background}")
 
 
 # --- All rows, several at a time ------------------------------------------------------------------
@@ -932,8 +938,9 @@ def write_figures(experiment, results, folder):
     clip = load_clip(experiment.clip, experiment.device)
     path = experiment.row_folder("both", 0) / "rectify.pt"
     rectified = ReCLIP.load(path, clip, experiment.device)
-    dataset = experiment.labelled(experiment.split)
-    figure_3 = draw_figure_3(rectified, facts, dataset, experiment.protocol)
+    protocol = experiment.protocol_of(ROWS["both"])
+    dataset = experiment.labelled(experiment.split, protocol)
+    figure_3 = draw_figure_3(rectified, facts, dataset, protocol)
     figure_3.save(folder / "figure3.png")
 
 
@@ -966,8 +973,8 @@ def heading_lines(experiment, plan):
         f"# The paper's evidence on {experiment.facts.name}",
         "",
         f"mIoU in percent, mean (least..most) over the seeds, {plan.seeds} where something learns. "
-        f"{describe_protocol(experiment)}. CLIP: sha256 {plan.clip_sha256[:12]}. Beside it the "
-        f"paper's own number on {paper_column(experiment)}, by its own protocol.",
+        f"{describe_protocol(experiment, ROWS['both'])}. CLIP: sha256 {plan.clip_sha256[:12]}. "
+        f"Beside it the paper's own number on {paper_column(experiment)}, by its own protocol.",
     ]
 
 
@@ -1059,6 +1066,8 @@ def parse_arguments(argv=None):
     add("--out", type=Path, help="results go to <out>/paper (default: runs/<data>)")
     add("--split", help="split to evaluate on (default: test of shapes, else val)")
     add("--seeds", type=int, default=3, help="how many times each row is trained (default: 3)")
+    add("--recipe", choices=list(RECIPES),
+        help="which of the authors' two, for voc, context and ade20k (default: cvpr2024)")
     add("--epochs", type=int,
         help="of every training, to see that it works (default: the data set's)")
     add("--rectification-only", "--rectification_only", action="store_true",
@@ -1097,11 +1106,10 @@ def main(argv=None):
         torch.set_num_threads(1)  # tensors this small gain little from more threads
 
     facts = DATA[args.data]
-    settings = SETTINGS[args.data]
+    changes = {}
     if args.epochs:
-        settings = dataclasses.replace(
-            settings, rectify_epochs=args.epochs, distill_epochs=args.epochs
-        )
+        changes = {"rectify_epochs": args.epochs, "distill_epochs": args.epochs}
+    settings = find_settings(args.data, args.recipe, **changes)
 
     plan_path = args.out / "paper" / "plan.json"
     plan = None
@@ -1116,7 +1124,6 @@ def main(argv=None):
         origin=origin_of(facts, settings, clip, open_split(args.data, args.root, "train")),
         out=args.out,
         split=args.split,
-        protocol=Protocol(facts.short_side, denoise=facts.denoise),
         device=args.device,
         workers=args.workers,
     )

@@ -37,7 +37,7 @@ def test_quick_run(tmp_path, monkeypatch):
 def test_texts_are_as_long_as_in_openais_vocabulary():
     """One token a word: 117 tokens for VOC: start, 73 prompt vectors, 20 names with their ends."""
     model = benchmark.build_model(benchmark.DATA["voc"].classes, quick=True, device="cpu")
-    lengths = [len(tokens) for tokens in model.reference.name_tokens]
+    lengths = [len(ending) - 1 for ending in model.reference.endings]
     assert lengths == [len(name.split()) for name in benchmark.DATA["voc"].classes]
     assert 1 + len(model.reference.vectors) + sum(lengths) + len(lengths) == 117
 

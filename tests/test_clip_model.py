@@ -729,16 +729,20 @@ def test_initial_weights(make_clip):
 NAME_TOKENS = [[5, 6], [7], [5, 9, 10], [11, 12, 13, 14], [7]]
 
 
-def encode_prompted_plain(clip, prompt, name_tokens):
+def endings_of(clip, names=NAME_TOKENS):
+    return [[*name, clip.eot] for name in names]
+
+
+def encode_prompted_plain(clip, prompt, endings):
     """CLIP.encode_prompted without its tricks: each text [SOT] v_1 .. v_L [name] [EOT] on its own.
 
-    prompt (L, E_t); name_tokens: C lists of token ids -> (C, D)
+    prompt (L, E_t); endings: C lists of token ids, [name] [EOT] -> (C, D)
     """
     texts = []
-    for name in name_tokens:
-        ids = torch.tensor([clip.sot, *name, clip.eot])
-        first, rest = clip.token_embedding(ids).split([1, len(name) + 1])
-        x = torch.cat([first, prompt, rest])                # (1 + L + len(name) + 1, E_t)
+    for ending in endings:
+        ids = torch.tensor([clip.sot, *ending])
+        first, rest = clip.token_embedding(ids).split([1, len(ending)])
+        x = torch.cat([first, prompt, rest])                # (1 + L + len(ending), E_t)
         x = (x + clip.positional_embedding[:len(x)])[None]
         for block in clip.transformer.resblocks:
             x = block(x, causal=True)
@@ -751,8 +755,8 @@ def test_prompted_texts_share_their_prefix_exactly(clip):
     clip = clip.double()
     one = torch.randn(7, 128, dtype=torch.float64).mul_(0.1).requires_grad_()
     other = one.detach().clone().requires_grad_()
-    fast = clip.encode_prompted(one, NAME_TOKENS)
-    plain = encode_prompted_plain(clip, other, NAME_TOKENS)
+    fast = clip.encode_prompted(one, endings_of(clip))
+    plain = encode_prompted_plain(clip, other, endings_of(clip))
     weight = torch.randn_like(plain)
     (fast * weight).sum().backward()
     (plain * weight).sum().backward()
@@ -767,7 +771,7 @@ def test_prompt_of_real_words_is_a_text(clip, encode):
     # Eq. (1) with v_l = the embeddings of words is the text of these words, followed by the name
     clip = clip.double()
     words = [20, 21, 22]
-    W = encode(clip, clip.token_embedding.weight[words], NAME_TOKENS)
+    W = encode(clip, clip.token_embedding.weight[words], endings_of(clip))
     expected = []
     for name in NAME_TOKENS:
         expected.append(plain_text(clip.state_dict(), [clip.sot, *words, *name, clip.eot]))
@@ -784,7 +788,7 @@ def test_prompted_texts_as_drawn_above_the_code(clip, monkeypatch):
         return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
 
     monkeypatch.setattr(clip_model.F, "scaled_dot_product_attention", watched)
-    clip.encode_prompted(torch.randn(2, 128), [[5], [6, 7]])
+    clip.encode_prompted(torch.randn(2, 128), endings_of(clip, [[5], [6, 7]]))
 
     expected = torch.tensor([
         [1, 0, 0, 0, 0, 0, 0, 0],   # SOT
@@ -803,7 +807,7 @@ def test_prompted_texts_as_drawn_above_the_code(clip, monkeypatch):
 def test_prompted_texts_without_data(clip):
     # all shapes are known beforehand, as tracing (torch.compile, torch.export) needs it
     with FakeTensorMode(allow_non_fake_inputs=True):
-        W = clip.encode_prompted(torch.randn(3, 128), NAME_TOKENS)
+        W = clip.encode_prompted(torch.randn(3, 128), endings_of(clip))
     assert W.shape == (5, 12)
 
 

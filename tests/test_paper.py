@@ -267,7 +267,8 @@ def test_report_equals_an_independent_count(small, tmp_path):
     models["even"] = models["clip"]
     models["one_number"].positional = ConstantBias(8)
     models["one_number"].positional.numbers.data = torch.linspace(-1, 1, 8)
-    train_images = torch.stack([x for x, _, _ in Evaluation(open_split("shapes", "", "train"), 64)])
+    pairs = Evaluation(open_split("shapes", "", "train"), 64, 64)
+    train_images = torch.stack([x for x, _, _ in pairs])
     with torch.no_grad():  # -> M_q minus its mean over the training images
         mean = models["clip"](train_images).query.mean((0, 2, 3))
     models["mean_logit"].positional = ConstantBias(8)
@@ -286,7 +287,7 @@ def test_report_equals_an_independent_count(small, tmp_path):
     files = files_in(out)
     tables = {f"{key}.csv" for key in TABLES}
     assert set(files) == {"plan.json", "report.md", *tables, *FIGURES}
-    mious, images = {}, list(Evaluation(open_split("shapes", "", "test"), 64))
+    mious, images = {}, list(Evaluation(open_split("shapes", "", "test"), 64, 64))
     for name, model in models.items():
         both, either = torch.zeros(8), torch.zeros(8)
         for image, truth, _ in images:
@@ -338,8 +339,8 @@ def test_report_equals_an_independent_count(small, tmp_path):
 
 def figure_3(model):
     facts = DATA["shapes"]
-    dataset = Evaluation(open_split("shapes", "", "test"), 64)
-    return paper.draw_figure_3(model, facts, dataset, Protocol(64))
+    dataset = Evaluation(open_split("shapes", "", "test"), 64, 64)
+    return paper.draw_figure_3(model, facts, dataset, Protocol(64, 64))
 
 
 def test_nothing_mended_and_one_channel(small):
@@ -548,7 +549,7 @@ class Directions(DeepLabV2):
     """A student whose features tell the class of each 4 x 4 block by a direction of their own: no
     text knows it."""
 
-    def features(self, images):
+    def features(self, images, valid=None):
         levels = (images[:, 0, 2::4, 2::4] * 2).round().long()                  # (B, h, w), 0..2
         return torch.eye(6)[[4, 1, 5]][levels].permute(0, 3, 1, 2)              # (B, 6, h, w)
 

@@ -138,7 +138,7 @@ def test_reference_prompt(clip, norm):
         for name in ("cat", "dog in scene", "grass of", "this photo of the")
     ]
     assert [len(i) for i in ids] == [1, 3, 2, 4]
-    W = encode_prompted_plain(clip, reference.vectors, ids)
+    W = encode_prompted_plain(clip, reference.vectors, [[*i, clip.eot] for i in ids])
     total = (
         sum(v * v for v in W.flatten()).sqrt()
         if norm == "frobenius"
@@ -297,7 +297,7 @@ def test_parts_of_the_model(make_model, clip, channels):
             [torch.tensordot(z, model.W_q, ([0], [1])).permute(2, 0, 1) for z in out.features]
         ),
     )
-    W_r = encode_prompted_plain(clip, model.reference.vectors, model.reference.name_tokens)
+    W_r = encode_prompted_plain(clip, model.reference.vectors, model.reference.endings)
     close(
         out.reference,
         torch.stack(
@@ -340,7 +340,7 @@ def test_learnable_query(make_model, clip):
     assert torch.equal(start.query.vectors, clip.token_embedding.weight[0].expand(6, -1))
     model.query.vectors.data += 0.1 * torch.randn_like(model.query.vectors)
     out = model.eval()(images)
-    W = encode_prompted_plain(clip, model.query.vectors, model.query.name_tokens)
+    W = encode_prompted_plain(clip, model.query.vectors, model.query.endings)
     close(
         out.query,
         torch.einsum("bdhw,cd->bchw", out.features, W / W.square().sum(1, keepdim=True).sqrt()),
@@ -641,7 +641,7 @@ def test_eval_forgets_after_training(make_model):
         for parameter in (model.reference.vectors, *model.positional.parameters()):
             parameter -= 0.1 * parameter.grad.sign()
     new = model.eval()(images)
-    W_r = encode_prompted_plain(model.clip, model.reference.vectors, model.reference.name_tokens)
+    W_r = encode_prompted_plain(model.clip, model.reference.vectors, model.reference.endings)
     close(new.reference, torch.einsum("bdhw,cd->bchw", new.features, W_r / W_r.norm()))
     grid = model.clip.visual.positional_grid(4, 5)[0]
     close(new.positional[0], plain_positional(model.positional.state_dict(), grid, False, True))
