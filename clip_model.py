@@ -89,12 +89,33 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 # The ways in which encode_image_dense can read the last block; the first is the paper's.
 ATTENTIONS = ("maskclip", "sclip", "clearclip", "naclip")
 
+# OpenAI's vision transformers by their names, and the files that hold them.
+MODELS = {
+    "ViT-B/16": "ViT-B-16.pt",  # the paper's
+    "ViT-B/32": "ViT-B-32.pt",
+    "ViT-L/14": "ViT-L-14.pt",
+    "ViT-L/14@336px": "ViT-L-14-336px.pt",
+}
+
 # What is downloaded when it is missing: file name -> (url, sha256).
+OPENAI = "https://openaipublic.azureedge.net/clip/models"
 FILES = {
     "ViT-B-16.pt": (
-        "https://openaipublic.azureedge.net/clip/models/"
-        "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+        f"{OPENAI}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
         "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    ),
+    "ViT-B-32.pt": (
+        f"{OPENAI}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    ),
+    "ViT-L-14.pt": (
+        f"{OPENAI}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+        "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    ),
+    "ViT-L-14-336px.pt": (
+        f"{OPENAI}/3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/"
+        "ViT-L-14-336px.pt",
+        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
     ),
     "bpe_simple_vocab_16e6.txt.gz": (
         "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
@@ -1042,7 +1063,8 @@ def read_state(path):
     Errors: FileNotFoundError, or ValueError for any file that cannot be read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no CLIP weights at {path}: give a file or the name 'ViT-B/16'")
+        raise FileNotFoundError(f"no CLIP weights at {path}: give a file, or a name of "
+                                f"{', '.join(MODELS)}")
 
     merges = None
     try:
@@ -1126,8 +1148,8 @@ def load_clip(name_or_path="ViT-B/16", device="cpu", quick_gelu=True):
     """CLIP in eval mode, float32, frozen (no parameter requires a gradient).
 
     Args:
-        name_or_path: "ViT-B/16" (in $CLIP_HOME, or downloaded; checked by sha256), or a file: one
-            of OpenAI's TorchScript archives of a ViT; a plain state dict, possibly as
+        name_or_path: a name of MODELS (in $CLIP_HOME, or downloaded; checked by sha256), or a file:
+            one of OpenAI's TorchScript archives of a ViT; a plain state dict, possibly as
             {"state_dict": ..., "merges": [...]} with its own tokenizer; or a rectification that
             ReCLIP's authors published, of which the CLIP inside is taken.
         device: where the model is to be.
@@ -1135,8 +1157,8 @@ def load_clip(name_or_path="ViT-B/16", device="cpu", quick_gelu=True):
 
     Errors: FileNotFoundError, OSError (download), ValueError (any unfit file), one sentence each.
     """
-    if name_or_path == "ViT-B/16":
-        path = find_file("ViT-B-16.pt")
+    if name_or_path in MODELS:
+        path = find_file(MODELS[name_or_path])
     else:
         path = Path(name_or_path)
 
@@ -1156,7 +1178,7 @@ def load_clip(name_or_path="ViT-B/16", device="cpu", quick_gelu=True):
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not hold the weights of a ViT CLIP: {reason}") from error
 
-    if name_or_path == "ViT-B/16":
+    if name_or_path in MODELS:
         clip.source = name_or_path
     else:
         clip.source = str(path.resolve())

@@ -8,6 +8,7 @@ What stands here, from top to bottom
     Augment                  the training transform of Sec. 4.1: random crop, random flip
     TrainingStream           an endless, seeded, resumable stream of images. It never opens a label
     Thumbnails               each image once, as CLIP's image encoder wants it
+    Windows                  each image cut into windows, for the sequel's image-level labels
     Evaluation               image, truth, name
     Progress                 one line: how far, how fast, how long still
     Shapes, target_scene     a split of the miniature world, drawn from a seed
@@ -235,6 +236,27 @@ def read_classes(text):
     return tuple(classes)
 
 
+def read_prompts(path):
+    """Reads templates of the Query from a file, one a line, {} for the class name; # is a remark.
+
+    Errors: FileNotFoundError; ValueError for no template, or a line that has not {} once.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file of prompts at {path}")
+    prompts = []
+    for line in Path(path).read_text("utf-8-sig", errors="replace").splitlines():
+        line = line.strip()
+        if line and not line.startswith("#"):
+            if line.count("{}") != 1 or line.count("{") + line.count("}") != 2:
+                raise ValueError(f"the prompt '{line}' of {path} must have {{}} once, where the "
+                                 "class name goes, and no other braces")
+            prompts.append(line)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt: write templates, one a line, such as "
+                         "'a photo of a {}.'")
+    return tuple(prompts)
+
+
 # --- Settings: the hyper-parameters of training ---------------------------------------------------
 
 def option(default, help):
@@ -251,6 +273,7 @@ class Settings:
     """
 
     recipe: str = option("2025", "which of the authors' two: cvpr2024 or 2025 (reclip.RECIPES)")
+    method: str = option("reclip", "reclip, the paper's, or reclip++, its sequel")
 
     # Rectification, Sec. 3.1-3.4: the loop
     rectify_epochs: int = option(51, "epochs of rectification (released)")
@@ -267,6 +290,9 @@ class Settings:
     threshold: float = option(
         23.0, "an image holds a class if 100 * cosine reaches it (t of Sec. 3.4; value released)")
     top_k: int = option(2, "image-level labels where no class passes the threshold (released)")
+    label_window: int = option(
+        0, "side of the windows that image-level labels are found in, pixels (ReCLIP++); 0: none, "
+        "but the threshold")
 
     # Rectification: the model
     prompt_length: int = option(
@@ -332,7 +358,9 @@ class Settings:
             "distill_epochs", "distill_batch", "distill_lr", "mask_tau", "rectify_long_side",
             "rectify_short_side", "distill_long_side", "distill_short_side", "resize_from",
         )
-        at_least_0 = ("distill_lr_floor", "alpha", "beta", "crop", "distill_crop", "denoise")
+        at_least_0 = (
+            "distill_lr_floor", "alpha", "beta", "crop", "distill_crop", "denoise", "label_window",
+        )
 
         # "not value > 0" rather than "value <= 0": so nan is refused too.
         for name in above_0:
@@ -419,16 +447,33 @@ SETTINGS = {
 }
 
 
-def find_settings(data, recipe=None, **changes):
+# What ReCLIP++ changes in the recipe 2025. label_window is a sixth of the crop (released);
+# denoising is on softmax(10 M^).
+PLUSPLUS = {
+    "voc": {"label_window": 56, "denoise": 1.0},
+    "context": {"label_window": 80, "denoise": 0.85},
+    "ade20k": {"label_window": 85, "denoise": 0.5},
+    "own": {"label_window": 56},
+    "shapes": {"label_window": 24},  # ours, chosen on val
+}
+
+
+def find_settings(data, recipe=None, method="reclip", **changes):
     """The Settings of a data set (a key of SETTINGS, or your own folder), with some changed.
 
     recipe: of the benchmarks, "cvpr2024" (also if None) or "2025". Other images have one alone,
         2025's sizes and CLIP as it was trained, and take none.
-    Errors: ValueError for a recipe that is not there.
+    method: "reclip", or "reclip++", which has the recipe 2025 alone.
+    Errors: ValueError for a recipe or method that is not there.
     """
+    if method not in ("reclip", "reclip++"):
+        raise ValueError(f"method is {method!r}; it must be reclip or reclip++")
+    if method == "reclip++" and recipe == "cvpr2024":
+        raise ValueError("reclip++ has the recipe 2025 alone, not cvpr2024")
+
     settings = SETTINGS.get(data, SETTINGS["own"])
     if (DEFAULT_RECIPE, data) in RECIPE_SIZES:
-        recipe = recipe or DEFAULT_RECIPE
+        recipe = recipe or ("2025" if method == "reclip++" else DEFAULT_RECIPE)
         if (recipe, data) not in RECIPE_SIZES:
             raise ValueError(f"recipe is {recipe!r}; it must be cvpr2024 or 2025")
         sizes = RECIPE_SIZES[recipe, data]._asdict()
@@ -436,6 +481,10 @@ def find_settings(data, recipe=None, **changes):
     elif recipe is not None:
         raise ValueError(f"a recipe goes with voc, context and ade20k alone, not with {data}: "
                          "other images are read by CLIP as it was trained")
+
+    if method == "reclip++":
+        sequel = PLUSPLUS.get(data, PLUSPLUS["own"])
+        settings = dataclasses.replace(settings, method=method, tau_1=0.01, **sequel)
     return dataclasses.replace(settings, **changes)
 
 
@@ -737,6 +786,49 @@ class Folder(Files):
 
 
 # --- What training and evaluation read ------------------------------------------------------------
+
+def window_corners(height, width, side):
+    """Upper left corners (y, x) of ReCLIP++'s windows: every half side, as released."""
+    stride = max(1, side // 2)
+    corners = []
+    for y in range(0, height - side, stride):
+        for x in range(0, width - side, stride):
+            corners.append((y, x))
+    return corners
+
+
+class Windows(Dataset):
+    """Each image once, cut into windows for ReCLIP++'s image-level labels.
+
+    Item i is (float (n, 3, resolution, resolution) in [0, 1], name): n windows of side x side
+    pixels, each enlarged to what CLIP's image encoder wants. An image that is too small for any is
+    one window as a whole (the released code finds no class in it).
+
+    long_side, short_side: the image is resized within these before; 0: it keeps its size.
+    """
+
+    def __init__(self, split, side, resolution, long_side=0, short_side=0):
+        self.split = split
+        self.side = side
+        self.resolution = resolution
+        self.long_side = long_side
+        self.short_side = short_side
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, i):
+        image = resize_within(self.split.image(i), self.long_side, self.short_side)
+        side = self.side
+        corners = window_corners(*image.shape[1:], side)
+        windows = [image[:, y:y + side, x:x + side] for y, x in corners] or [image]
+
+        bicubic = InterpolationMode.BICUBIC
+        size = [self.resolution, self.resolution]
+        windows = [v2.functional.resize(w, size, bicubic, antialias=True) for w in windows]
+        windows = v2.functional.to_dtype(torch.stack(windows), torch.float32, scale=True)
+        return windows, self.split.names[i]
+
 
 def size_within(height, width, long_side, short_side):
     """The largest size (H', W'), ratio kept, within long_side by short_side pixels; rounded."""

@@ -33,7 +33,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize, to_dtype, to_pil_image
 from torchvision.utils import draw_segmentation_masks, make_grid
 
-from clip_model import ATTENTIONS, load_clip, written_atomically
+from clip_model import ATTENTIONS, MODELS, load_clip, written_atomically
 from datasets import (
     DATA,
     IGNORE,
@@ -57,6 +57,7 @@ from datasets import (
     open_split,
     own_facts,
     read_classes,
+    read_prompts,
     resize_within,
 )
 from deeplab import DeepLabV2
@@ -641,7 +642,10 @@ def make_parser():
     add("--root", default="data",
         help="folder that holds VOCdevkit/ or ADEChallengeData2016/ (default: data)")
     add("--download", action="store_true", help="fetch the data set if it is missing")
-    add("--clip", help="'ViT-B/16' or a weights file (default: the data set's)")
+    add("--clip", help=f"{', '.join(MODELS)}, or a weights file (default: the data set's)")
+    add("--prompts", type=Path,
+        help="file with templates of the Query, one a line, {} for the name (default: the data "
+        "set's)")
     add("--out", type=Path, help="where checkpoints are and results go (default: runs/<data>)")
     add("--device", default=best_device, help="cpu, cuda, mps (default: the best there is)")
     add("--workers", type=int,
@@ -670,6 +674,8 @@ def parse_arguments(argv=None):
     args = make_parser().parse_args(argv)
     if args.stage == "paper":
         raise ValueError("--stage paper is a program of its own now: python tests/paper.py")
+    if args.prompts and args.stage != "clip":
+        raise ValueError("--prompts goes with --stage clip; a checkpoint keeps its own texts")
     if args.attention and args.stage != "clip":
         raise ValueError("--attention goes with --stage clip; a checkpoint keeps its own")
     if args.teacher and args.stage != "distill":
@@ -691,6 +697,8 @@ def parse_arguments(argv=None):
         args.out = Path("runs") / Path(args.data).resolve().name
 
     facts = find_facts(args.data, args.images, args.classes)
+    if args.prompts:
+        facts = replace(facts, prompts=read_prompts(args.prompts))
     if facts.splits:
         args.split = args.split or facts.splits[0]
     if args.split and args.split not in facts.splits:
@@ -784,9 +792,10 @@ def main(argv=None):
         args.stage, path, facts, args.clip, args.device, attention, recipe, teacher_path, W_q_path
     )
 
-    # A checkpoint is evaluated under its own recipe.
-    if (model.recipe, args.data) in RECIPE_SIZES:
-        settings = find_settings(args.data, model.recipe)
+    # A checkpoint is evaluated under its own recipe and method.
+    recipe = model.recipe if (model.recipe, args.data) in RECIPE_SIZES else None
+    method = "reclip" if args.stage == "distill" else model.method
+    settings = find_settings(args.data, recipe, method)
     protocol = find_protocol(settings, args.stage, **protocol_changes)
 
     if args.images:

@@ -23,7 +23,8 @@ What stands here, in the paper's order
     ReCLIP                          all of that as one module, with save and load
     segment                         a mask of pixels from the logits of patches
     mask_guided_loss, feature_guided_loss, text_guided_loss, distillation_loss   Eq. (6)-(8)
-    read_released, ...              the files that the authors published (ReCLIP.from_released)
+    open_rectification, ...         the files that the authors published (ReCLIP.from_released)
+    ReCLIPPlusPlus                  the authors' sequel, which is not this paper
 
 Symbols
     B images, C classes, D width of CLIP's joint space; H x W pixels, h x w patches, n = h * w
@@ -63,6 +64,7 @@ run, a named argument chooses.
 
 import hashlib
 import sys
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -411,6 +413,7 @@ class ReCLIP(nn.Module):
 
     Errors: ValueError for a value outside of these choices, or class names that do not work.
     """
+    method = "reclip"  # in the checkpoint; ReCLIPPlusPlus has another
 
     def __init__(
         self,
@@ -602,8 +605,8 @@ class ReCLIP(nn.Module):
 
     def learnable_modules(self):
         """{name: module} of the parts that learn: reference, positional; in Table 3 also query."""
-        parts = {"query": self.query, "reference": self.reference, "positional": self.positional}
-        return {name: part for name, part in parts.items() if part is not None}
+        frozen = ("clip", "dense_visual")
+        return {name: part for name, part in self.named_children() if name not in frozen}
 
     def learnt(self):
         """{key: tensor}: the prompts, the positional net, and W_q.
@@ -627,6 +630,7 @@ class ReCLIP(nn.Module):
         written; the old file then stays as it was.
         """
         content = {
+            "method": self.method,
             "learnt": self.learnt(),
             "class_names": list(self.class_names),
             "settings": self.settings,
@@ -644,6 +648,8 @@ class ReCLIP(nn.Module):
     def load(cls, path, clip=None, device="cpu"):
         """A working segmenter from save's file, in eval mode. No code from the file is executed.
 
+        Of the sequel's file it makes a ReCLIPPlusPlus.
+
         clip: None to load the CLIP that it was learnt on, from where it was found then; or that
             same CLIP, already loaded.
         Errors: FileNotFoundError; ValueError for a file that is none of save's, or of another CLIP.
@@ -658,6 +664,7 @@ class ReCLIP(nn.Module):
             sha256 = content["clip"]["sha256"]
             quick_gelu = content["clip"].get("quick_gelu", True)
             released = content.get("released")
+            method = content.get("method", "reclip")
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no rectification at {path}: learn one first, with "
                                     "python train.py --stage rectify") from None
@@ -678,7 +685,8 @@ class ReCLIP(nn.Module):
                              f"differ); load the one it was learnt on, {source}")
 
         try:
-            model = cls(clip, class_names, W_q=W_q, **settings)
+            of_method = {"reclip": ReCLIP, "reclip++": ReCLIPPlusPlus}[method]
+            model = of_method(clip, class_names, W_q=W_q, **settings)
             if released is not None:
                 model.released = released
                 model.read_patches_with(**released)
@@ -704,33 +712,28 @@ class ReCLIP(nn.Module):
         Errors: FileNotFoundError; ValueError for a file that is none of theirs, or of other
             classes.
         """
-        state = read_released(path, len(class_names))
+        state = read_released(path)
+        if "pe_proj.weight" in state:
+            raise ValueError(f"{path} is a ReCLIP++ checkpoint, which is another method: "
+                             "ReCLIPPlusPlus.from_released loads it")
+        require_classes(path, state, "proj_net.6.weight", class_names)
         clip = load_clip(path, device)
-        if W_q is None:
-            W_q = query_text_features_with_progress(clip, class_names)
-        if W_q.shape != (len(class_names), clip.text_projection.shape[1]):
-            raise ValueError(f"W_q is {tuple(W_q.shape)}; it must have one row of "
-                             f"{clip.text_projection.shape[1]} numbers for each of the "
-                             f"{len(class_names)} classes")
+        W_q = given_or_made(W_q, clip, class_names)
 
-        try:
+        with whole_file(path):
             vectors = state["text_encoder.prompt_token"][0].float()             # (L, E_t)
             model = cls(
                 clip,
                 class_names,
-                W_q=W_q.to(device),
+                W_q=W_q,
                 prompt_length=len(vectors),
                 cut_names=True,
                 recipe=recipe,
             )
-            model.released = {"class_token": state["vit.cls_token"].flatten().float(), "eps": 1e-6}
-            model.read_patches_with(**model.released)
             model.reference.load_state_dict({"vectors": vectors})
             model.positional.net.load_state_dict(fold_biases(state))
-        except (KeyError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} is not a whole rectification of ReCLIP's authors: "
-                             f"{reason}") from error
+            model.released = {"class_token": state["vit.cls_token"].flatten().float(), "eps": 1e-6}
+            model.read_patches_with(**model.released)
         return model.to(device).eval()
 
 
@@ -758,7 +761,8 @@ def strong_classes(logits, threshold, scale=100.0):
     go to the best of the others. If no class passes, all stay. (The released code then drops all,
     so that class 0 wins everywhere.) Not in the paper; the released evaluation does it.
     """
-    best = (scale * logits).softmax(1).amax((0, 2, 3))                  # (C,)
+    # In fp32: ReCLIP++'s threshold on VOC is 1.0, which a probability reaches only by rounding.
+    best = (scale * logits.float()).softmax(1).amax((0, 2, 3))          # (C,)
     kept = best >= threshold
     return kept | ~kept.any()
 
@@ -996,17 +1000,22 @@ def open_rectification(path, class_names, clip=None, recipe=None, W_q_path=None,
     except Exception:  # none there, or no such file: it is made anew
         pass
 
-    model = ReCLIP.from_released(path, class_names, recipe or "cvpr2024", W_q, device)
+    if released_kind(path) == "ReCLIP++":
+        if recipe not in (None, "2025"):
+            raise ValueError(f"{path} is a ReCLIP++ checkpoint, whose recipe is 2025, not {recipe}")
+        model = ReCLIPPlusPlus.from_released(path, class_names, W_q, device)
+    else:
+        model = ReCLIP.from_released(path, class_names, recipe or "cvpr2024", W_q, device)
     if W_q is None and W_q_path is not None:
         with written_atomically(W_q_path) as temporary:
             torch.save({"origin": origin, "W_q": model.W_q.cpu()}, temporary)
     return model
 
 
-def read_released(path, classes):
-    """A published rectification as {name without "module.": tensor}.
+def read_released(path):
+    """A published checkpoint of stage 1 as {name without "module.": tensor}.
 
-    Errors: FileNotFoundError; ValueError for another file, or one of another number of classes.
+    Errors: FileNotFoundError; ValueError for another file.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1018,16 +1027,31 @@ def read_released(path, classes):
         reason = str(error).split("\n")[0][:200]
         raise ValueError(f"{path} is not a checkpoint, or is truncated: {reason}") from error
 
-    if "pe_proj.weight" in state:
-        raise ValueError(f"{path} is a ReCLIP++ checkpoint, which is another method than ReCLIP")
-    if "text_encoder.prompt_token" not in state or "proj_net.6.weight" not in state:
+    if "text_encoder.prompt_token" not in state:
         raise ValueError(f"{path} is not a rectification of ReCLIP's authors: it has no prompt "
-                         "(text_encoder.prompt_token) or no positional net (proj_net.6.weight)")
-    learnt_for = len(state["proj_net.6.weight"])
-    if learnt_for != classes:
-        raise ValueError(f"{path} was learnt for {learnt_for} classes, and {classes} are named: "
-                         "give the names of its data set, in the authors' order")
+                         "(text_encoder.prompt_token)")
     return state
+
+
+def require_classes(path, state, key, class_names):
+    """ValueError unless the tensor `key`, with a row per class, is there and has as many rows."""
+    if key not in state:
+        raise ValueError(f"{path} is not a whole rectification of ReCLIP's authors: it has no "
+                         f"{key}")
+    if len(state[key]) != len(class_names):
+        raise ValueError(f"{path} was learnt for {len(state[key])} classes, and {len(class_names)} "
+                         "are named: give the names of its data set, in the authors' order")
+
+
+@contextmanager
+def whole_file(path):
+    """Within, what is missing in a published file or does not fit ends in one sentence."""
+    try:
+        yield
+    except (KeyError, RuntimeError, AttributeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not a whole rectification of ReCLIP's authors: "
+                         f"{reason}") from error
 
 
 def cut_ending(ending):
@@ -1058,14 +1082,128 @@ def fold_biases(state):
     return net
 
 
-def query_text_features_with_progress(clip, class_names):
-    """W_q (C, D), with a line on stderr that counts the classes: 85 texts each take their time."""
+def given_or_made(W_q, clip, class_names):
+    """W_q (C, D), checked; or made, with a line on stderr that counts the classes.
+
+    85 texts a class take seconds on a GPU and minutes on a CPU.
+    """
+    D = clip.text_projection.shape[1]
+    if W_q is not None:
+        if W_q.shape != (len(class_names), D):
+            raise ValueError(f"W_q is {tuple(W_q.shape)}; it must have one row of {D} numbers for "
+                             f"each of the {len(class_names)} classes")
+        return W_q.to(clip.logit_scale.device)
+
     rows = []
     for done, name in enumerate(class_names, start=1):
         rows.append(query_text_features(clip, [name]))                  # (1, D)
         print(f"\rtexts of {done} of {len(class_names)} classes", end="", file=sys.stderr)
     print(file=sys.stderr)
     return torch.cat(rows)
+
+
+# --- The sequel: ReCLIP++, which is not this paper ------------------------------------------------
+
+class ReCLIPPlusPlus(ReCLIP):
+    """ReCLIP++ (the same authors, arXiv 2408.06747): the frame of ReCLIP with two changes.
+
+        ReCLIP                                      ReCLIP++
+        M_b = Z . W_r + M_p                         M_b = P . W_r,  P a linear map of p
+        M   = M_q - M_b                             M   = M_q - M_b
+        masks from M                                masks from M^ = decoder([Z ; M])
+
+    The bias. In ReCLIP one term depends on the class and on what a patch shows, the other on the
+    class and the place. Their sum cannot say "at the border CLIP leans to boats as much as the
+    Reference of boat says, and to cats not at all". Here position and Reference meet in one
+    product: each place has a vector P in the space of texts, and leans to the classes whose
+    Reference it resembles.
+
+    The masks. M is one number per patch and class, and each patch speaks for itself. The decoder, a
+    5x5 convolution, also sees the features Z and the neighbors: it learns, by the same loss, to
+    give a patch the class that its surroundings speak for.
+
+    As in ReCLIP, CLIP is frozen and Eq. (4)-(5) are the loss; Logits.rectified is M^, from which
+    masks, loss and mIoU are read; .reference is M_b, and .positional is 0.
+
+    tau_1: of Eq. (4): M^ comes out of a batch norm and is far larger than a cosine (released).
+    options: as ReCLIP's; what concerns M_p has no effect.
+    """
+    method = "reclip++"
+
+    def __init__(self, clip, class_names, *, tau_1=0.01, positional_channels=0, **options):
+        super().__init__(
+            clip, class_names, tau_1=tau_1, positional_channels=positional_channels, **options
+        )
+        if positional_channels != 0 or self.reference is None:
+            raise ValueError("ReCLIP++ has no positional net (positional_channels 0) and cannot do "
+                             "without a Reference (prompt_length above 0)")
+        C, D = self.W_q.shape
+        width = clip.visual.class_embedding.numel()                     # E_v
+
+        self.position_projection = nn.Conv2d(width, D, 1)
+        conv = nn.Conv2d(D + C, C, 5, padding=2)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # released
+        self.decoder = nn.Sequential(conv, nn.BatchNorm2d(C))
+        self.scale = 10                                                 # as released
+        self.to(clip.logit_scale.device)
+
+    def rectify(self, Z):
+        """Features Z (B, D, h, w) -> Logits, the last step of which is M^."""
+        W_q, W_r = self.heads()                                         # (C, D) each
+        M_q = segmentation_logits(Z, W_q)                               # (B, C, h, w)
+
+        # One vector for each place, the same for all images: how CLIP leans there.
+        h, w = Z.shape[2:]
+        p = self.clip.visual.positional_grid(h, w)                      # (1, E_v, h, w)
+        P = self._once(("P", h, w), self.position_projection, p)        # (1, D, h, w)
+        M_b = segmentation_logits(P, W_r).expand_as(M_q)                # (B, C, h, w)
+        M = rectify_logits(M_q, M_b)                                    # (B, C, h, w)
+
+        decoded = self.decoder(torch.cat([Z, M], dim=1))                # M^ (B, C, h, w)
+        return Logits(M_q, M_b, Z.new_zeros(1, 1, h, w), decoded, Z)
+
+    @classmethod
+    def from_released(cls, path, class_names, W_q=None, device="cpu"):
+        """A segmenter from a ReCLIP++ checkpoint that the authors published, in eval mode.
+
+        Arguments and errors are ReCLIP.from_released's; the recipe is 2025's.
+        """
+        state = read_released(path)
+        if "pe_proj.weight" not in state:
+            raise ValueError(f"{path} is not a ReCLIP++ checkpoint (it has no pe_proj.weight)")
+        require_classes(path, state, "decoder_conv2.weight", class_names)
+        clip = load_clip(path, device)
+        W_q = given_or_made(W_q, clip, class_names)
+
+        with whole_file(path):
+            vectors = state["text_encoder.prompt_token"][0].float()     # (L, E_t)
+            model = cls(clip, class_names, W_q=W_q, prompt_length=len(vectors), cut_names=True)
+            model.reference.load_state_dict({"vectors": vectors})
+            renamed = {
+                "pe_proj": model.position_projection,
+                "decoder_conv2": model.decoder[0],
+                "decoder_norm2": model.decoder[1],
+            }
+            for prefix, module in renamed.items():
+                module.load_state_dict({
+                    key.removeprefix(f"{prefix}."): value
+                    for key, value in state.items()
+                    if key.startswith(f"{prefix}.")
+                })
+            model.released = {"class_token": state["vit.cls_token"].flatten().float(), "eps": 1e-6}
+            model.read_patches_with(**model.released)
+        return model.to(device).eval()
+
+
+def window_labels(similarity):
+    """ReCLIP++'s image-level labels: similarity of n windows to texts (n, C) -> (C,) bool.
+
+    Each window names the class that it resembles most, and the image holds all that are named. A
+    small thing fills some window though it is lost in the whole image; so no threshold is needed.
+    """
+    found = torch.zeros(similarity.shape[1], dtype=torch.bool, device=similarity.device)
+    found[similarity.argmax(1)] = True
+    return found
 
 
 # --- A guided tour --------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     python train.py --stage distill --data voc --root DIR    Sec. 3.5, from what the former wrote
     python train.py --stage rectify --data FOLDER --classes "cat, dog, grass"    your own images
     torchrun --nproc_per_node=4 train.py --stage rectify --data voc --root DIR   four GPUs
+    python train.py --stage rectify --data voc --root DIR --method reclip++      the sequel
 
 What stands here
     train_rectification      stage 1: the loop of Sec. 3.1-3.4
@@ -41,7 +42,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from clip_model import load_clip, written_atomically
+from clip_model import MODELS, load_clip, written_atomically
 from datasets import (
     DATA,
     IGNORE,
@@ -52,10 +53,12 @@ from datasets import (
     Settings,
     Thumbnails,
     TrainingStream,
+    Windows,
     find_settings,
     open_split,
     own_facts,
     read_classes,
+    read_prompts,
 )
 from deeplab import DeepLabV2
 from eval import evaluate_stage, find_protocol
@@ -63,6 +66,7 @@ from reclip import (
     PROMPTS,
     RECIPES,
     ReCLIP,
+    ReCLIPPlusPlus,
     contrastive_loss,
     distillation_loss,
     feature_guided_loss,
@@ -71,6 +75,7 @@ from reclip import (
     masked_features,
     open_rectification,
     text_guided_loss,
+    window_labels,
 )
 
 
@@ -320,6 +325,19 @@ def rank_0_first():
 def new_reclip(clip, facts, settings, seed):
     """A ReCLIP of a data set's classes that has learnt nothing yet; the same for the same seed."""
     torch.manual_seed(seed)
+    if settings.method == "reclip++":
+        return ReCLIPPlusPlus(
+            clip,
+            facts.classes,
+            prompts=facts.prompts or PROMPTS,
+            prompt_length=settings.prompt_length,
+            reference_norm=settings.reference_norm,
+            attention=settings.attention,
+            tau_1=settings.tau_1,
+            tau=settings.tau,
+            pool=settings.pool,
+            recipe=settings.recipe,
+        ).train()
     return ReCLIP(
         clip,
         facts.classes,
@@ -378,7 +396,7 @@ def new_student(teacher, settings, seed):
 
 def origin_of(facts, settings, clip, split):
     """All that pseudo-labels depend on: kept beside them, and part of what identifies a run."""
-    return {
+    origin = {
         "data": facts.name,
         "classes": list(facts.classes),
         "prompts": list(facts.prompts or PROMPTS),
@@ -388,6 +406,9 @@ def origin_of(facts, settings, clip, split):
         "pictures": len(split),
         "names": crc32(repr(split.names).encode()),
     }
+    if settings.label_window:
+        origin["label_window"] = settings.label_window
+    return origin
 
 
 def label_training_set(model, split, settings, origin, path, workers=0):
@@ -399,17 +420,10 @@ def label_training_set(model, split, settings, origin, path, workers=0):
     """
     found = read_image_labels(path, origin, split.names)
     if found is None:
-        found = {}
-        progress = Progress("image-level labels", len(split))
-        thumbnails = Thumbnails(split, model.clip.input_resolution)
-        for images, names in DataLoader(thumbnails, 32, num_workers=workers):
-            batch = model.image_labels(
-                images.to(model.W_q.device), settings.threshold, settings.top_k
-            )                                                           # (B, C) bool
-            for name, row in zip(names, batch.cpu()):
-                found[name] = row.nonzero()[:, 0].tolist()
-            progress(len(found))
-
+        if settings.label_window:
+            found = find_in_windows(model, split, settings, workers)
+        else:
+            found = find_in_thumbnails(model, split, settings, workers)
         with written_atomically(path) as temporary:
             temporary.write_text(json.dumps({"identity": origin, "labels": found}))
         print_label_histogram(found, model.class_names)
@@ -419,6 +433,43 @@ def label_training_set(model, split, settings, origin, path, workers=0):
         labels[name] = torch.zeros(len(model.class_names), dtype=torch.bool)
         labels[name][classes] = True
     return labels
+
+
+def find_in_thumbnails(model, split, settings, workers):
+    """ReCLIP's rule (Sec. 3.4): {name: list of the class indices found in the whole image}."""
+    found = {}
+    progress = Progress("image-level labels", len(split))
+    thumbnails = Thumbnails(split, model.clip.input_resolution)
+    for images, names in DataLoader(thumbnails, 32, num_workers=workers):
+        batch = model.image_labels(
+            images.to(model.W_q.device), settings.threshold, settings.top_k
+        )                                                               # (B, C) bool
+        for name, row in zip(names, batch.cpu()):
+            found[name] = row.nonzero()[:, 0].tolist()
+        progress(len(found))
+    return found
+
+
+def find_in_windows(model, split, settings, workers):
+    """ReCLIP++'s rule: {name: list of the class indices that some window of the image names}.
+
+    As released, windows are cut from a benchmark's image as it is; images of your own may have any
+    size, and are first resized as for training (ours).
+    """
+    found = {}
+    progress = Progress("image-level labels by windows", len(split))
+    sides = (0, 0)
+    if split.antialias:
+        sides = (settings.rectify_long_side, settings.rectify_short_side)
+    windows = Windows(split, settings.label_window, model.clip.input_resolution, *sides)
+    for images, name in DataLoader(windows, batch_size=None, num_workers=workers):
+        similarity = [
+            model.image_similarity(some.to(model.W_q.device)) for some in images.split(64)
+        ]
+        row = window_labels(torch.cat(similarity))                      # (C,) bool
+        found[name] = row.cpu().nonzero()[:, 0].tolist()
+        progress(len(found))
+    return found
 
 
 def read_image_labels(path, origin, names):
@@ -716,6 +767,9 @@ def distill_stage(facts, settings, split, clip_name, teacher_path, labels_path, 
         teacher = open_rectification(
             teacher_path, facts.classes, clip, recipe, run.out / "W_q.pt", run.device
         )
+    if teacher.method != "reclip":
+        raise ValueError(f"{teacher_path} is a ReCLIP++ checkpoint, and ReCLIP++ has no "
+                         "distillation (its authors removed theirs): give one of ReCLIP's")
     if teacher.class_names != facts.classes:
         raise ValueError(f"{teacher_path} was learnt for other classes than {facts.name}'s: "
                          f"{', '.join(teacher.class_names)}")
@@ -771,10 +825,14 @@ def make_parser():
     add("--root", default="data",
         help="folder that holds VOCdevkit/ or ADEChallengeData2016/ (default: data)")
     add("--download", action="store_true", help="fetch the data set if it is missing")
-    add("--clip", help="'ViT-B/16' or a weights file (default: the data set's)")
+    add("--clip", help=f"{', '.join(MODELS)}, or a weights file (default: the data set's)")
+    add("--prompts", type=Path,
+        help="file with templates of the Query, one a line, {} for the name (default: the data "
+        "set's)")
     add("--teacher", type=Path,
         help="rectification that --stage distill learns from (default: <out>/rectify.pt)")
-    add("--out", type=Path, help="where checkpoints go (default: runs/<data>)")
+    add("--out", type=Path,
+        help="where checkpoints go (default: runs/<data>, of reclip++ runs/<data>-reclip++)")
     add("--resume", action="store_true", help="go on where the same command was stopped")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--epochs", type=int,
@@ -788,13 +846,16 @@ def make_parser():
     add("--recipe", choices=list(RECIPES),
         help="which of the authors' two, for voc, context and ade20k (default: cvpr2024, the one "
         "published with the paper's checkpoints)")
+    add("--method", choices=["reclip", "reclip++"], default="reclip",
+        help="with --stage rectify: reclip++, the authors' sequel, implies --recipe 2025 "
+        "(default: reclip, the paper's)")
 
     # Every hyper-parameter is an option too. None means: not given, so the data set's own.
     group = parser.add_argument_group(
         "hyper-parameters", "defaults in brackets, by data set, under the default recipe"
     )
     for field in dataclasses.fields(Settings):
-        if field.name == "recipe":
+        if field.name in ("recipe", "method"):
             continue
         spellings = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
         kind = {"type": field.type}
@@ -826,8 +887,14 @@ def parse_arguments(argv=None):
                          f"python tests/{args.stage}.py")
     if args.teacher and args.stage != "distill":
         raise ValueError("--teacher goes with --stage distill alone")
+    if args.prompts and args.stage == "distill":
+        raise ValueError("--prompts goes with --stage rectify and all; a teacher keeps its texts")
+    if args.method != "reclip" and args.stage != "rectify":
+        raise ValueError(f"--method {args.method} goes with --stage rectify alone")
 
     facts = find_facts(args.data, args.classes)
+    if args.prompts:
+        facts = dataclasses.replace(facts, prompts=read_prompts(args.prompts))
     if args.stage == "all" and not facts.splits:
         raise ValueError(f"--stage all evaluates, and {args.data} has no labels: use "
                          "--stage rectify or distill")
@@ -839,12 +906,12 @@ def parse_arguments(argv=None):
     changes = {}  # settings that the command line gives
     for field in dataclasses.fields(Settings):
         value = getattr(args, field.name)
-        if value is not None and field.name != "recipe":
+        if value is not None and field.name not in ("recipe", "method"):
             changes[field.name] = value
     if args.epochs is not None:
         stage = "distill" if args.stage == "distill" else "rectify"
         changes[f"{stage}_epochs"] = args.epochs
-    settings = find_settings(args.data, args.recipe, **changes)
+    settings = find_settings(args.data, args.recipe, args.method, **changes)
     if args.data != "shapes" and not (settings.crop and settings.distill_crop):
         raise ValueError("--crop 0 and --distill-crop 0 need images of one size; those of "
                          f"{args.data} differ")
@@ -853,6 +920,8 @@ def parse_arguments(argv=None):
         args.workers = 4 if args.device.startswith("cuda") else 0
     if args.out is None:
         args.out = Path("runs") / Path(args.data).resolve().name
+        if args.method == "reclip++":
+            args.out = args.out.with_name(f"{args.out.name}-reclip++")
     if args.teacher is None:
         args.teacher = args.out / "rectify.pt"
 

@@ -1062,7 +1062,8 @@ def parse_arguments(argv=None):
     add("--data", choices=list(DATA), default="shapes", help="data set (default: shapes)")
     add("--root", default="data",
         help="folder that holds VOCdevkit/ or ADEChallengeData2016/ (default: data)")
-    add("--clip", help="'ViT-B/16' or a weights file (default: the data set's)")
+    add("--clip", help="a name that clip_model.MODELS knows, or a weights file (default: the data "
+        "set's)")
     add("--out", type=Path, help="results go to <out>/paper (default: runs/<data>)")
     add("--split", help="split to evaluate on (default: test of shapes, else val)")
     add("--seeds", type=int, default=3, help="how many times each row is trained (default: 3)")

@@ -1011,7 +1011,7 @@ def test_files_that_are_no_checkpoint(tmp_path, content):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         load_clip(tmp_path / "nothing.pt")
-    one_sentence(caught, tmp_path / "nothing.pt", "give a file or the name 'ViT-B/16'")
+    one_sentence(caught, tmp_path / "nothing.pt", "give a file, or a name of ViT-B/16, ViT-B/32")
     assert "--" not in str(caught.value)  # this speaks of arguments, not of a command line's flags
 
 
