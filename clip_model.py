@@ -791,8 +791,9 @@ class CLIP(nn.Module):
         the embedding of any word: the prompt is learnt (Sec. 3.2), and gradients reach it.
 
         Args:
-            prompt: v_1 .. v_L, (L, E_t), the same for all classes. (Sec. 3.2 calls their width D.
-                They stand in the place of words, so it is E_t; in ViT-B/16 both are 512.)
+            prompt: v_1 .. v_L, (L, E_t), the same for all classes; or (C, L, E_t), each class its
+                own. (Sec. 3.2 calls their width D. They stand in the place of words, so it is E_t;
+                in ViT-B/16 both are 512.)
             endings: for each class the token ids after the prompt, which are those of its name and
                 EOT (C lists of int). The state of the last one is the vector of the text.
 
@@ -811,7 +812,12 @@ class CLIP(nn.Module):
             owner      -1  -1  -1 |  0   0  |    1     1    1     whose token; -1: the prompt's
 
         So "plant" reads SOT, v_1, v_2, "potted" and itself.
+
+        Prompts that differ from class to class leave nothing to share: see _encode_own_prompts.
         """
+        if prompt.ndim == 3:
+            return self._encode_own_prompts(prompt, endings)
+
         # The two rows of the example above, and where the last tokens stand in the sequence.
         prefix_length = 1 + len(prompt)
         positions = list(range(prefix_length))
@@ -848,6 +854,35 @@ class CLIP(nn.Module):
         # Nothing comes after the last block, so it is computed for the last tokens alone.
         x = last(x, mask[ends], rows=ends)[0]                                   # (C, E_t)
         return self.ln_final(x) @ self.text_projection                          # (C, D)
+
+    def _encode_own_prompts(self, prompts, endings):
+        """encode_prompted for a prompt (C, L, E_t) per class: C texts side by side.
+
+        Shorter texts are filled up with EOTs at their end. The tower is causal, so the token that
+        is read, the last of the text itself, does not see them.
+        """
+        C, L, _ = prompts.shape
+        longest = max(len(ending) for ending in endings)
+        token_ids = []
+        last_places = []
+        for ending in endings:
+            filling = [self.eot] * (longest - len(ending))
+            token_ids.append([*ending, *filling])
+            last_places.append(L + len(ending))
+
+        device = prompts.device
+        token_ids = torch.tensor(token_ids, device=device)              # (C, longest)
+        ends = torch.tensor(last_places, device=device)                 # (C,)
+
+        start = self.token_embedding.weight[self.sot].expand(C, 1, -1)  # (C, 1, E_t)
+        names = self.token_embedding(token_ids)                         # (C, longest, E_t)
+        x = torch.cat([start, prompts, names], 1)                       # (C, T, E_t)
+        x = x + self.positional_embedding[:x.shape[1]]
+        for block in self.transformer.resblocks:
+            x = block(x, causal=True)
+
+        x = x[torch.arange(C, device=device), ends]                     # (C, E_t)
+        return self.ln_final(x) @ self.text_projection                  # (C, D)
 
     # ---- Weights ----
 

@@ -297,6 +297,8 @@ class Settings:
     # Rectification: the model
     prompt_length: int = option(
         73, "L of Eq. (1), in tokens; shortened so that the longest class name fits (Sec. 3.2)")
+    prompt_per_class: bool = option(
+        False, "each class has L vectors of its own (ours); the paper's are shared")
     reference_norm: str = option("frobenius", "length of W_r: frobenius (released) or class")
     positional_channels: int = option(
         None, "channels of M_p: one a class if not given (released), 1 (Eq. (2)), 0: no M_p")

@@ -194,12 +194,24 @@ class ReferencePrompt(nn.Module):
     length: L. Sec. 3.2 has 73 = 77 - 2 (start and end) - 2 (name), whatever the name; the released
         code cuts longer names off. We shorten the prompt instead, so that the longest name fits.
     cut_names: True cuts as the released code does; for the files that it wrote.
+    prompt_per_class: True gives each class L vectors of its own (ours; CoOp's class-specific
+        contexts). The paper shares them "for efficiency". A shared prompt can only say what the
+        text encoder makes of it before each name; a small encoder makes nearly the same of it
+        before every name, and what all classes share cancels.
     norm: the paper does not say how long W_r is. "frobenius" (released) divides by the norm of the
         whole C x D matrix: a row has length about 1 / sqrt(C), and M_r is a mild correction to M_q.
         "class" gives each row length 1: M_r is then as large as M_q itself.
     """
 
-    def __init__(self, clip, class_names, length=73, norm="frobenius", cut_names=False):
+    def __init__(
+        self,
+        clip,
+        class_names,
+        length=73,
+        norm="frobenius",
+        prompt_per_class=False,
+        cut_names=False,
+    ):
         super().__init__()
         if norm not in ("frobenius", "class"):
             raise ValueError(f"reference_norm is {norm!r}; it must be 'frobenius' or 'class'")
@@ -221,7 +233,10 @@ class ReferencePrompt(nn.Module):
         # Released: every vector starts as the embedding of token 0 ("!"). They do not stay equal,
         # because each stands at another position of the text.
         first = clip.token_embedding.weight[0].detach()                 # (E_t,)
-        self.vectors = nn.Parameter(first.repeat(length, 1))            # (L, E_t)
+        vectors = first.repeat(length, 1)                               # (L, E_t)
+        if prompt_per_class:
+            vectors = vectors.repeat(len(class_names), 1, 1)            # (C, L, E_t)
+        self.vectors = nn.Parameter(vectors)
         self.norm = norm
 
     def forward(self, clip):
@@ -399,6 +414,7 @@ class ReCLIP(nn.Module):
     prompts: templates of the Query, with {} for the name.
     W_q: (C, D), if it is known already; then the prompts are not read.
     prompt_length: L of Eq. (1); 0 for no Reference.
+    prompt_per_class: each class has L vectors of its own (ours); the paper's are shared.
     positional_channels: channels of M_p: None for C (released), 1 as the paper prints, 0 for no
         positional net (Table 4's second row).
     tau: temperature of Eq. (5); None for 1 / (CLIP's own logit scale), which is 0.01 for OpenAI's.
@@ -421,6 +437,7 @@ class ReCLIP(nn.Module):
         class_names,
         *,
         prompt_length=73,
+        prompt_per_class=False,
         reference_norm="frobenius",
         query_learnable=False,
         positional_channels=None,
@@ -453,6 +470,7 @@ class ReCLIP(nn.Module):
         # Kept in the checkpoint, so that load builds the same module again.
         self.settings = {
             "prompt_length": prompt_length,
+            "prompt_per_class": prompt_per_class,
             "reference_norm": reference_norm,
             "query_learnable": query_learnable,
             "positional_channels": positional_channels,
@@ -488,10 +506,12 @@ class ReCLIP(nn.Module):
         self.reference = None
         self.positional = None
         if query_learnable:
-            self.query = ReferencePrompt(clip, class_names, prompt_length, "class", cut_names)
+            self.query = ReferencePrompt(
+                clip, class_names, prompt_length, "class", prompt_per_class, cut_names
+            )
         if prompt_length:
             self.reference = ReferencePrompt(
-                clip, class_names, prompt_length, reference_norm, cut_names
+                clip, class_names, prompt_length, reference_norm, prompt_per_class, cut_names
             )
         channels = C if positional_channels is None else positional_channels
         if channels:
@@ -509,6 +529,7 @@ class ReCLIP(nn.Module):
         self._cache.clear()
         super().train(mode)
         self.clip.eval()
+        self.dense_visual.eval()
         return self
 
     def _apply(self, *args, **kwargs):

@@ -736,13 +736,15 @@ def endings_of(clip, names=NAME_TOKENS):
 def encode_prompted_plain(clip, prompt, endings):
     """CLIP.encode_prompted without its tricks: each text [SOT] v_1 .. v_L [name] [EOT] on its own.
 
-    prompt (L, E_t); endings: C lists of token ids, [name] [EOT] -> (C, D)
+    prompt (L, E_t) or (C, L, E_t); endings: C lists of token ids, [name] [EOT] -> (C, D)
     """
+    if prompt.ndim == 2:
+        prompt = prompt.expand(len(endings), -1, -1)
     texts = []
-    for ending in endings:
+    for own, ending in zip(prompt, endings):
         ids = torch.tensor([clip.sot, *ending])
         first, rest = clip.token_embedding(ids).split([1, len(ending)])
-        x = torch.cat([first, prompt, rest])                # (1 + L + len(ending), E_t)
+        x = torch.cat([first, own, rest])                   # (1 + L + len(ending), E_t)
         x = (x + clip.positional_embedding[:len(x)])[None]
         for block in clip.transformer.resblocks:
             x = block(x, causal=True)
@@ -750,10 +752,11 @@ def encode_prompted_plain(clip, prompt, endings):
     return torch.stack(texts)                               # (C, D)
 
 
-def test_prompted_texts_share_their_prefix_exactly(clip):
-    # the packed computation and one text at a time: same values, same gradient
+@pytest.mark.parametrize("shape", [(7, 128), (5, 7, 128)], ids=["shared", "per class"])
+def test_prompted_texts_are_those_of_one_at_a_time(clip, shape):
+    # all texts at once and one text at a time: same values, same gradient
     clip = clip.double()
-    one = torch.randn(7, 128, dtype=torch.float64).mul_(0.1).requires_grad_()
+    one = torch.randn(shape, dtype=torch.float64).mul_(0.1).requires_grad_()
     other = one.detach().clone().requires_grad_()
     fast = clip.encode_prompted(one, endings_of(clip))
     plain = encode_prompted_plain(clip, other, endings_of(clip))
@@ -776,6 +779,19 @@ def test_prompt_of_real_words_is_a_text(clip, encode):
     for name in NAME_TOKENS:
         expected.append(plain_text(clip.state_dict(), [clip.sot, *words, *name, clip.eot]))
     close(W, torch.stack(expected))
+
+
+def test_equal_prompts_per_class_are_a_shared_prompt(clip):
+    clip = clip.double()
+    prompt = torch.randn(4, 128, dtype=torch.float64)
+    shared = clip.encode_prompted(prompt, endings_of(clip))
+    close(clip.encode_prompted(prompt.repeat(5, 1, 1), endings_of(clip)), shared, 1e-12)
+
+    # and one class's vectors move that class's text and no other
+    prompts = prompt.repeat(5, 1, 1)
+    prompts[2] += torch.randn(4, 128)
+    changed = (clip.encode_prompted(prompts, endings_of(clip)) - shared).abs().amax(1) > 1e-9
+    assert changed.tolist() == [False, False, True, False, False]
 
 
 def test_prompted_texts_as_drawn_above_the_code(clip, monkeypatch):
@@ -808,7 +824,8 @@ def test_prompted_texts_without_data(clip):
     # all shapes are known beforehand, as tracing (torch.compile, torch.export) needs it
     with FakeTensorMode(allow_non_fake_inputs=True):
         W = clip.encode_prompted(torch.randn(3, 128), endings_of(clip))
-    assert W.shape == (5, 12)
+        own = clip.encode_prompted(torch.randn(5, 3, 128), endings_of(clip))
+    assert W.shape == own.shape == (5, 12)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def make_model(clip):
                 clip.double(), classes, W_q=W_q, **{"prompt_length": 6} | settings
             ).double()
             with torch.no_grad():
-                model.reference.vectors += prompt_noise[: len(model.reference.vectors)]
+                model.reference.vectors += prompt_noise[: model.reference.vectors.shape[-2]]
         return model
 
     return make
@@ -128,10 +128,12 @@ NAMES = ["cat", "dog in scene", "grass of | tree", "this photo of the"]  # 1, 3,
 
 
 @pytest.mark.parametrize("norm", ["frobenius", "class"])
-def test_reference_prompt(clip, norm):
+@pytest.mark.parametrize("per_class", [False, True])
+def test_reference_prompt(clip, norm, per_class):
     # Eq. 1 one text at a time; the whole matrix or each row gets length 1
     clip = clip.double()
-    reference = ReferencePrompt(clip, NAMES, length=5, norm=norm)
+    reference = ReferencePrompt(clip, NAMES, length=5, norm=norm, prompt_per_class=per_class)
+    assert reference.vectors.shape == ((4, 5, 128) if per_class else (5, 128))
     reference.vectors.data += 0.1 * torch.randn_like(reference.vectors)
     ids = [
         clip.tokenizer.encode(name)
@@ -174,6 +176,19 @@ def test_prompt_starts_as_token_0(clip):
         all(torch.equal(v, clip.token_embedding.weight[0]) for v in vectors)
         and vectors.requires_grad
     )
+
+
+def test_prompts_per_class_start_as_the_shared_one(clip):
+    # the same texts before anything is learnt; then each class's loss moves its own vectors alone
+    clip = clip.double()
+    shared = ReferencePrompt(clip, CLASSES, 7)
+    own = ReferencePrompt(clip, CLASSES, 7, prompt_per_class=True)
+    assert torch.equal(own.vectors, shared.vectors.expand(4, -1, -1))
+    close(own(clip), shared(clip))
+
+    clip.encode_prompted(own.vectors, own.endings)[1].sum().backward()
+    moved = own.vectors.grad.abs().amax((1, 2)) > 0
+    assert moved.tolist() == [False, True, False, False]
 
 
 def test_name_too_long_for_the_text(make_clip):
@@ -737,6 +752,8 @@ def test_save_and_load(saved, given):
         dict(attention="naclip"),
         dict(query_learnable=True, positional_channels=0),
         dict(subtract=False),
+        dict(prompt_per_class=True),
+        dict(prompt_per_class=True, query_learnable=True),
     ],
 )
 def test_save_and_load_of_the_ablations(make_model, clip, tmp_path, settings):
@@ -763,11 +780,12 @@ def test_settings_name_each_argument(make_model):
 def test_checkpoint_from_before_the_ablations(saved):
     path, model = saved
     content = torch.load(path, weights_only=True)
-    for name in ("attention", "query_learnable", "subtract"):
+    for name in ("attention", "query_learnable", "subtract", "prompt_per_class"):
         del content["settings"][name]
     torch.save(content, path)
     loaded, images = ReCLIP.load(path, model.clip), pictures().float()
     assert loaded.settings == model.settings and loaded.attention == "maskclip"
+    assert loaded.reference.vectors.shape == (5, 128)  # the shared prompt
     assert torch.equal(loaded(images).rectified, model(images).rectified)
 
 
