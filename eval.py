@@ -35,6 +35,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -280,7 +281,7 @@ def evaluate_stage(
 
     model, stage, protocol: as in predict_mask.
     facts: DataFacts of the data set. dataset: Evaluation over its split split_name.
-    others: (model, stage) pairs whose masks are drawn beside this model's.
+    others: (model, stage, mIoU or None) of models whose masks are drawn beside this one's.
     -> the dict of scores
     """
     C = len(model.class_names)
@@ -315,7 +316,7 @@ def evaluate_stage(
     with written_atomically(out / f"eval_{stage}.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1))
 
-    columns = [*others, (model, stage)]
+    columns = [*others, (model, stage, result["miou"])]
     examples = draw_examples(columns, dataset, facts, protocol)
     examples.save(out / f"eval_{stage}.png")
     return result
@@ -437,20 +438,36 @@ def draw_grid(rows, titles, entries=(), tile=136, gap=8):
     return with_legend(canvas, entries)
 
 
-def draw_examples(columns, dataset, facts, protocol, count=6):
-    """The first `count` images of a split, hence not the best, with truth and masks. -> PIL image
+def draw_examples(columns, dataset, facts, protocol, count=6, among=100):
+    """Images of a split with truth and masks, a row each. -> PIL image
 
-    columns: (model, stage) pairs, a column of masks each. dataset: Evaluation. facts: DataFacts.
+    Which images? Of the first `among`, those in which the first and the last column of masks differ
+    most, for better or worse (in the share of evaluated pixels). With one column: the first ones.
+
+    columns: (model, stage, mIoU) each: a column of masks, with the mIoU in its title unless None.
+    dataset: Evaluation. facts: DataFacts.
     """
     titles = ["image", "truth"]
-    for _, stage in columns:
-        titles.append(STAGE_PARTS[stage][1])
+    for _, stage, miou in columns:
+        number = "" if miou is None else f" {100 * miou:.1f}"
+        titles.append(STAGE_PARTS[stage][1] + number)
+
+    difference = []  # (share, index) of each image
+    for i in range(min(among, len(dataset))):
+        image, truth, _ = dataset[i]
+        first, last = (
+            predict_mask(model, stage, image, truth.shape, protocol)
+            for model, stage, _ in (columns[0], columns[-1])
+        )
+        share = (first != last)[truth != IGNORE].float().mean().nan_to_num()  # 0 if none evaluated
+        difference.append((share.item(), i))
+    chosen = sorted(difference, key=itemgetter(0), reverse=True)[:count]  # equal ones stay in order
 
     rows = []
-    for i in range(min(count, len(dataset))):
+    for _, i in chosen:
         image, truth, _ = dataset[i]
         row = [to_dtype(image, torch.uint8, scale=True), color_mask(truth, facts.palette)]
-        for model, stage in columns:
+        for model, stage, _ in columns:
             mask = predict_mask(model, stage, image, truth.shape, protocol)
             row.append(color_mask(mask, facts.palette, truth))
         rows.append(row)
@@ -807,12 +824,12 @@ def main(argv=None):
     # In the image of examples the earlier stages stand beside this one, as far as they are there.
     others = []
     if args.stage == "rectify":
-        others = [(model, "clip")]
+        others = [(model, "clip", None)]
     elif args.stage == "distill" and teacher_path.is_file():
         teacher = open_rectification(
             teacher_path, facts.classes, None, args.recipe, W_q_path, args.device
         )
-        others = [(teacher, "clip"), (teacher, "rectify")]
+        others = [(teacher, "clip", None), (teacher, "rectify", None)]
 
     dataset = Evaluation(split, protocol.long_side, protocol.short_side)
     evaluate_stage(

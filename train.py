@@ -789,16 +789,19 @@ def distill_stage(facts, settings, split, clip_name, teacher_path, labels_path, 
 def print_table(rows, facts, split_name, labelled, settings, workers):
     """Evaluates models and prints a table in the form of the paper's Tables 2 and 4.
 
-    rows: (title, model, stage, folder of the results, (model, stage) pairs to be drawn beside it).
+    rows: (title, model, stage, folder of the results, titles of earlier rows to draw beside it).
     labelled: the split with its truth. settings: datasets.Settings, for the protocols.
     """
     lines = []
-    for title, model, stage, folder, others in rows:
+    measured = {}  # title: (model, stage, mIoU)
+    for title, model, stage, folder, beside in rows:
+        others = [measured[earlier] for earlier in beside]
         protocol = find_protocol(settings, stage)
         dataset = Evaluation(labelled, protocol.long_side, protocol.short_side)
         result = evaluate_stage(
             model, stage, facts, split_name, dataset, protocol, folder, others, workers
         )
+        measured[title] = (model, stage, result["miou"])
         lines.append(f"  {title:<28}{100 * result['miou']:5.1f}")
 
     print(f"\n{facts.name} {split_name}, mIoU")
@@ -1014,12 +1017,13 @@ def main(argv=None):
 
         # Only here is truth read, to measure what has been learnt.
         labelled = open_split(args.data, args.root, args.split, args.download)
-        earlier = [(model, "clip"), (model, "rectify")]  # drawn beside the student
+        clip_row = "MaskCLIP (Query only)"
+        both_row = "+ Reference + positional"
         rows = [
-            ("MaskCLIP (Query only)", model, "clip", args.out, []),
+            (clip_row, model, "clip", args.out, []),
             ("+ Reference", reference_model, "rectify", reference_only.out, []),
-            ("+ Reference + positional", model, "rectify", args.out, earlier[:1]),
-            ("distilled", student, "distill", args.out, earlier),
+            (both_row, model, "rectify", args.out, [clip_row]),
+            ("distilled", student, "distill", args.out, [clip_row, both_row]),
         ]
         print_table(rows, facts, args.split, labelled, settings, args.workers)
         print(f"masks: {args.out / 'eval_distill.png'}")
