@@ -556,8 +556,10 @@ class DeepLabV2(nn.Module):
         """
         try:
             # weights_only: tensors and plain values. Any other pickle may run programs.
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            state = content.get("state_dict", content)
             renamed = torchvision_names(state)
+            conv_seg = [len(state[key]) for key in state if key.endswith("conv_seg.weight")]
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no published student at {path}: the README says "
                                     "where the authors keep theirs") from None
@@ -565,16 +567,17 @@ class DeepLabV2(nn.Module):
             raise ValueError(f"{path} is not a student's checkpoint, or is truncated: "
                              f"{one_line(error)}") from error
 
-        for key, value in state.items():
-            if key.endswith("conv_seg.weight") and len(value) != len(class_names):
-                raise ValueError(f"{path} was learnt for {len(value)} classes, and "
-                                 f"{len(class_names)} are named: give the names of its data set")
+        # The unused layer tells how many classes there were.
+        for classes in conv_seg:
+            if classes != len(class_names):
+                raise ValueError(f"{path} was learnt for {classes} classes, and {len(class_names)} "
+                                 "are named: give the names of its data set")
 
         model = cls(class_names, W_q, W_r, student="resnet50_v1c", recipe="cvpr2024")
         heads = {"W_q": model.W_q, "W_r": model.W_r}
         try:
             model.load_state_dict(renamed | heads, strict=True)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a whole student of ReCLIP's authors, or its features "
                              f"are not as wide as W_q: {one_line(error)}") from error
         return model.to(device).eval()

@@ -578,7 +578,7 @@ def open_model(
     device="cpu",
     attention="maskclip",
     recipe=None,
-    teacher_path=None,
+    teacher=None,
     W_q_path=None,
 ):
     """The model that a stage names, in eval mode.
@@ -589,7 +589,7 @@ def open_model(
     clip_name: as load_clip knows it; None: where the checkpoint found it, or the data set's.
     attention: of plain CLIP; a checkpoint keeps its own.
     recipe: of plain CLIP or of a published file; a checkpoint of ours keeps its own.
-    teacher_path: the rectification that a published student takes W_q and W_r from.
+    teacher: the rectification that a published student takes W_q and W_r from.
     W_q_path: as open_rectification takes it.
     """
     clip = None
@@ -617,10 +617,9 @@ def open_model(
             raise ValueError(f"{path} was learnt under the recipe {model.recipe} and is evaluated "
                              f"under no other, such as {recipe}")
     else:
-        if teacher_path is None or not teacher_path.is_file():
+        if teacher is None or teacher.method != "reclip":
             raise ValueError(f"{path} is a student that the authors published; its W_q and W_r are "
                              "in the rectification published beside it: give that with --teacher")
-        teacher = open_rectification(teacher_path, facts.classes, clip, recipe, W_q_path, device)
         model = DeepLabV2.from_released(path, facts.classes, *teacher.heads(), device)
     if facts.classes and facts.classes != model.class_names:
         raise ValueError(f"{path} was made for other classes than are asked for: "
@@ -805,8 +804,13 @@ def main(argv=None):
     if args.stage == "clip":
         recipe = settings.recipe
     W_q_path = args.out / "W_q.pt"
+    teacher = None
+    if args.stage == "distill" and (args.teacher or teacher_path.is_file()):
+        teacher = open_rectification(
+            teacher_path, facts.classes, None, args.recipe, W_q_path, args.device
+        )
     model = open_model(
-        args.stage, path, facts, args.clip, args.device, attention, recipe, teacher_path, W_q_path
+        args.stage, path, facts, args.clip, args.device, attention, recipe, teacher, W_q_path
     )
 
     # A checkpoint is evaluated under its own recipe and method.
@@ -825,10 +829,7 @@ def main(argv=None):
     others = []
     if args.stage == "rectify":
         others = [(model, "clip", None)]
-    elif args.stage == "distill" and teacher_path.is_file():
-        teacher = open_rectification(
-            teacher_path, facts.classes, None, args.recipe, W_q_path, args.device
-        )
+    elif teacher is not None:
         others = [(teacher, "clip", None), (teacher, "rectify", None)]
 
     dataset = Evaluation(split, protocol.long_side, protocol.short_side)

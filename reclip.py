@@ -753,7 +753,8 @@ class ReCLIP(nn.Module):
             )
             model.reference.load_state_dict({"vectors": vectors})
             model.positional.net.load_state_dict(fold_biases(state))
-            model.released = {"class_token": state["vit.cls_token"].flatten().float(), "eps": 1e-6}
+            class_token = state["vit.cls_token"].float().reshape(clip.visual.class_embedding.shape)
+            model.released = {"class_token": class_token, "eps": 1e-6}
             model.read_patches_with(**model.released)
         return model.to(device).eval()
 
@@ -983,7 +984,7 @@ def released_kind(path):
     Told by its keys alone; whatever cannot be read is None, and whoever loads it says why.
     """
     try:
-        keys = torch.load(path, map_location="meta", weights_only=True, mmap=True).keys()
+        keys = read_tensors(path, "meta").keys()
     except Exception:  # whatever a broken or hostile file provokes
         return None
     if "module.pe_proj.weight" in keys:
@@ -1005,13 +1006,17 @@ def open_rectification(path, class_names, clip=None, recipe=None, W_q_path=None,
     W_q_path: a file that keeps the W_q of an authors' file from one time to the next; None: none.
     Errors: FileNotFoundError, ValueError, as load and from_released raise them.
     """
-    if released_kind(path) is None:
+    kind = released_kind(path)
+    if kind is None:
         model = ReCLIP.load(path, clip, device)
         if recipe not in (None, model.recipe):
             raise ValueError(f"{path} was learnt under the recipe {model.recipe} and is read under "
                              f"no other, such as {recipe}")
         return model
 
+    if clip is not None:
+        raise ValueError(f"{path} is a checkpoint that the authors published; it holds its own "
+                         "CLIP, and no other can be given")
     W_q = None
     origin = {"file": sha256_of(path), "class_names": list(class_names)}
     try:
@@ -1021,7 +1026,7 @@ def open_rectification(path, class_names, clip=None, recipe=None, W_q_path=None,
     except Exception:  # none there, or no such file: it is made anew
         pass
 
-    if released_kind(path) == "ReCLIP++":
+    if kind == "ReCLIP++":
         if recipe not in (None, "2025"):
             raise ValueError(f"{path} is a ReCLIP++ checkpoint, whose recipe is 2025, not {recipe}")
         model = ReCLIPPlusPlus.from_released(path, class_names, W_q, device)
@@ -1033,14 +1038,23 @@ def open_rectification(path, class_names, clip=None, recipe=None, W_q_path=None,
     return model
 
 
+def read_tensors(path, device="cpu"):
+    """The tensors of a file {name: tensor}, whether or not they stand in a "state_dict" of it."""
+    content = torch.load(path, map_location=device, weights_only=True)
+    return content.get("state_dict", content)
+
+
 def read_released(path):
     """A published checkpoint of stage 1 as {name without "module.": tensor}.
 
     Errors: FileNotFoundError; ValueError for another file.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key.removeprefix("module."): value for key, value in content.items()}
+        state = {}
+        for key, value in read_tensors(path).items():
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"{key} is no tensor")
+            state[key.removeprefix("module.")] = value
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no published rectification at {path}: the README says "
                                 "where the authors keep theirs") from None
@@ -1059,9 +1073,10 @@ def require_classes(path, state, key, class_names):
     if key not in state:
         raise ValueError(f"{path} is not a whole rectification of ReCLIP's authors: it has no "
                          f"{key}")
-    if len(state[key]) != len(class_names):
-        raise ValueError(f"{path} was learnt for {len(state[key])} classes, and {len(class_names)} "
-                         "are named: give the names of its data set, in the authors' order")
+    classes = state[key].shape[0] if state[key].ndim else 0
+    if classes != len(class_names):
+        raise ValueError(f"{path} was learnt for {classes} classes, and {len(class_names)} are "
+                         "named: give the names of its data set, in the authors' order")
 
 
 @contextmanager
@@ -1069,7 +1084,7 @@ def whole_file(path):
     """Within, what is missing in a published file or does not fit ends in one sentence."""
     try:
         yield
-    except (KeyError, RuntimeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not a whole rectification of ReCLIP's authors: "
                          f"{reason}") from error
@@ -1099,7 +1114,10 @@ def fold_biases(state):
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             net[f"{norm}.{name}"] = state[f"proj_net.{norm}.{name}"]
         bias = state[f"proj_net.{conv}.bias"]
-        net[f"{norm}.running_mean"] = net[f"{norm}.running_mean"] - bias
+        mean = state[f"proj_net.{norm}.running_mean"]
+        if bias.shape != mean.shape:
+            raise ValueError(f"proj_net.{conv}.bias does not fit proj_net.{norm}.running_mean")
+        net[f"{norm}.running_mean"] = mean - bias
     return net
 
 
@@ -1211,7 +1229,8 @@ class ReCLIPPlusPlus(ReCLIP):
                     for key, value in state.items()
                     if key.startswith(f"{prefix}.")
                 })
-            model.released = {"class_token": state["vit.cls_token"].flatten().float(), "eps": 1e-6}
+            class_token = state["vit.cls_token"].float().reshape(clip.visual.class_embedding.shape)
+            model.released = {"class_token": class_token, "eps": 1e-6}
             model.read_patches_with(**model.released)
         return model.to(device).eval()
 

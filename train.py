@@ -782,7 +782,7 @@ def distill_stage(facts, settings, split, clip_name, teacher_path, labels_path, 
         labels = label_training_set(teacher, split, settings, origin, labels_path, run.workers)
 
     run.identity |= origin | dataclasses.asdict(settings)
-    run.identity["teacher"] = teacher.fingerprint()
+    run.identity |= {"teacher": teacher.fingerprint(), "recipe": teacher.recipe}
     return train_distillation(teacher, student, split, labels, settings, run)
 
 
