@@ -237,8 +237,9 @@ def read_classes(text):
 
 
 def read_prompts(path):
-    """Reads templates of the Query from a file, one a line, {} for the class name; # is a remark.
+    """Reads templates of the Query from a file, one a line, with {} for the class name.
 
+    Lines that begin with # are remarks.
     Errors: FileNotFoundError; ValueError for no template, or a line that has not {} once.
     """
     if not Path(path).is_file():
@@ -507,8 +508,8 @@ class Layout:
     label_values: tuple     # the value that each class has in the label files, in class order;
                             # any ids: 0, 1, 2, ...; 1, 2, 3, ...; Cityscapes' 7, 8, 11, ...
     official: dict          # number of images of each split, in words
-    archive: str            # address of the archive
-    md5: str                # of the archive
+    archive: str = ""       # address of the archive; "": not to be had without a login
+    md5: str = ""           # of the archive
     ignored_values: tuple = (0, 255)  # not evaluated, unless a class has them; any other: error
     split_folders: dict = dataclasses.field(default_factory=dict)  # what {} becomes, by split
     antialias: bool = False   # when an image is made smaller (see resize_within); False: released
@@ -587,19 +588,24 @@ def open_split(data, root, split, download=False):
     if layout.lists:
         names = source.read_text().split()
     else:
-        # Sorted: a file system lists a folder in any order it likes, and not twice in the same one.
-        files = sorted(images.glob(f"*{layout.image_suffix}"))
-        names = [path.name.removesuffix(layout.image_suffix) for path in files]
+        # At every depth: Cityscapes has a folder for each city. Sorted: a file system lists a
+        # folder in any order it likes, and not twice in the same one.
+        names = []
+        for path in sorted(images.rglob(f"*{layout.image_suffix}")):
+            below = path.relative_to(images).as_posix()  # "aachen/aachen_0_leftImg8bit.png"
+            names.append(below.removesuffix(layout.image_suffix))
     if not names:
         raise ValueError(f"{source} is empty: {misplaced(data, root)}")
 
-    return Files(
+    files = Files(
         [images / f"{name}{layout.image_suffix}" for name in names],
         [annotations / f"{name}{layout.annotation_suffix}" for name in names],
         layout.label_values,
         layout.ignored_values,
         layout.antialias,
     )
+    files.names = names  # with the folder: two folders may hold files of one name
+    return files
 
 
 # --- Splits on disk: reading the files ------------------------------------------------------------
@@ -1367,6 +1373,8 @@ def misplaced(data, root):
 
 def fetched_by(data, root):
     """The end of a sentence about something that is missing."""
+    if not LAYOUTS[data].archive:
+        return f"{data} must be fetched by hand"
     return f"python datasets.py --prepare {data} --root {root} --download fetches it"
 
 
@@ -1533,7 +1541,7 @@ def prepare(data, root, download=False):
 
     if not base.is_dir():
         archive = root / Path(layout.archive).name
-        if download:
+        if download and layout.archive:
             fetch(layout.archive, layout.md5, archive)
         if not archive.is_file():
             raise FileNotFoundError(f"{base} does not exist: {misplaced(data, root)}")

@@ -30,6 +30,7 @@ The mask of one image, uint8 (3, H0, W0), from a checkpoint:
 """
 
 import argparse
+import errno
 import json
 import math
 import sys
@@ -336,6 +337,7 @@ def protocol_facts(model, stage, facts, protocol):
         "background": facts.background,
         "class_names": list(model.class_names),
         "attention": model.settings.get("attention"),
+        "prompts": list(facts.prompts or PROMPTS) if stage == "clip" else None,
         "clip_sha256": None if stage == "distill" else model.clip.sha256,
     }
 
@@ -507,6 +509,7 @@ def segment_images(model, stage, facts, images, protocol, out):
     images: datasets.Folder.
     """
     progress = Progress("segment", len(images))
+    too_long = 0
     for i, name in enumerate(images.names):
         image = images.image(i)                                         # uint8 (3, H0, W0)
         resized = resize_within(image, protocol.long_side, protocol.short_side) # uint8 (3, H, W)
@@ -532,10 +535,6 @@ def segment_images(model, stage, facts, images, protocol, out):
             values[found_name] = (c + 1) % 256
             entries.append((color, f"{found_name} {100 * shares[c]:.1f} %"))
 
-        path = mask_path(out, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_index(mask, facts.palette, f"{path}.index.png")
-        draw_overlay(image, mask, facts.palette, entries).save(f"{path}.overlay.png")
         report = {
             "picture": name,
             "size": [image.shape[2], image.shape[1]],
@@ -544,9 +543,21 @@ def segment_images(model, stage, facts, images, protocol, out):
             "background_threshold": protocol.background_threshold,
             "protocol": protocol_facts(model, stage, facts, protocol),
         }
-        Path(f"{path}.json").write_text(json.dumps(report, indent=1))
+        path = mask_path(out, name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_index(mask, facts.palette, f"{path}.index.png")
+            draw_overlay(image, mask, facts.palette, entries).save(f"{path}.overlay.png")
+            Path(f"{path}.json").write_text(json.dumps(report, indent=1))
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            print(f"skipped {name}: with .overlay.png its name is too long", file=sys.stderr)
+            too_long += 1
         progress(i + 1)
-    print(f"{len(images)} images segmented, {len(images.skipped)} unreadable: {out / 'masks'}")
+
+    print(f"{len(images) - too_long} images segmented, {len(images.skipped)} unreadable: "
+          f"{out / 'masks'}")
 
 
 def mask_path(out, name):

@@ -160,7 +160,7 @@ def query_text_features(clip, class_names, prompts=PROMPTS):
         try:
             tokens = clip.tokenize(texts).to(device)                    # (texts, context)
         except ValueError as error:
-            reason = str(error).split(";")[0]
+            reason = str(error).rsplit(";", 1)[0]
             raise ValueError(f"{reason}; give ReCLIP templates that are short in this CLIP's "
                              "words, such as prompts=['a photo of a {}']") from error
 
@@ -625,7 +625,7 @@ class ReCLIP(nn.Module):
     # -- what was learnt, alone --------------------------------------------------------------------
 
     def learnable_modules(self):
-        """{name: module} of the parts that learn: reference, positional; in Table 3 also query."""
+        """{name: module} of the parts that learn: (in Table 3 query,) reference, positional."""
         frozen = ("clip", "dense_visual")
         return {name: part for name, part in self.named_children() if name not in frozen}
 
@@ -838,6 +838,7 @@ def segment(
     strips = []
     for y_strip in y.split(rows_at_once):
         positions = torch.stack(torch.meshgrid(x, y_strip, indexing="xy"), -1)  # (rows, W0, 2)
+        positions = positions.to(logits.dtype)
         pixels = F.grid_sample(logits, positions[None], align_corners=False)[0] # (C, rows, W0)
 
         # The best class of each pixel, among those that denoising has left.
@@ -1196,7 +1197,7 @@ class ReCLIPPlusPlus(ReCLIP):
         p = self.clip.visual.positional_grid(h, w)                      # (1, E_v, h, w)
         P = self._once(("P", h, w), self.position_projection, p)        # (1, D, h, w)
         M_b = segmentation_logits(P, W_r).expand_as(M_q)                # (B, C, h, w)
-        M = rectify_logits(M_q, M_b)                                    # (B, C, h, w)
+        M = rectify_logits(M_q, M_b, self.subtract)                     # (B, C, h, w)
 
         decoded = self.decoder(torch.cat([Z, M], dim=1))                # M^ (B, C, h, w)
         return Logits(M_q, M_b, Z.new_zeros(1, 1, h, w), decoded, Z)

@@ -333,6 +333,8 @@ def new_reclip(clip, facts, settings, seed):
             prompt_length=settings.prompt_length,
             prompt_per_class=settings.prompt_per_class,
             reference_norm=settings.reference_norm,
+            query_learnable=settings.query_learnable,
+            subtract=settings.subtract,
             attention=settings.attention,
             tau_1=settings.tau_1,
             tau=settings.tau,
@@ -410,7 +412,19 @@ def origin_of(facts, settings, clip, split):
     }
     if settings.label_window:
         origin["label_window"] = settings.label_window
+        origin["window_sides"] = list(sides_before_windows(split, settings))
     return origin
+
+
+def sides_before_windows(split, settings):
+    """The sides that an image is resized within before windows are cut; 0, 0: not at all.
+
+    As released, windows are cut from a benchmark's image as it is. Images of your own may have any
+    size, and are first resized as for training (ours).
+    """
+    if split.antialias:
+        return settings.rectify_long_side, settings.rectify_short_side
+    return 0, 0
 
 
 def label_training_set(model, split, settings, origin, path, workers=0):
@@ -453,16 +467,10 @@ def find_in_thumbnails(model, split, settings, workers):
 
 
 def find_in_windows(model, split, settings, workers):
-    """ReCLIP++'s rule: {name: list of the class indices that some window of the image names}.
-
-    As released, windows are cut from a benchmark's image as it is; images of your own may have any
-    size, and are first resized as for training (ours).
-    """
+    """ReCLIP++'s rule: {name: list of the class indices that some window of the image names}."""
     found = {}
     progress = Progress("image-level labels by windows", len(split))
-    sides = (0, 0)
-    if split.antialias:
-        sides = (settings.rectify_long_side, settings.rectify_short_side)
+    sides = sides_before_windows(split, settings)
     windows = Windows(split, settings.label_window, model.clip.input_resolution, *sides)
     for images, name in DataLoader(windows, batch_size=None, num_workers=workers):
         similarity = [
@@ -913,6 +921,10 @@ def parse_arguments(argv=None):
         value = getattr(args, field.name)
         if value is not None and field.name not in ("recipe", "method"):
             changes[field.name] = value
+    for name in changes:
+        if args.method == "reclip++" and name.startswith("positional"):
+            raise ValueError(f"--{name.replace('_', '-')} goes with ReCLIP's positional net, which "
+                             "ReCLIP++ does not have")
     if args.epochs is not None:
         stage = "distill" if args.stage == "distill" else "rectify"
         changes[f"{stage}_epochs"] = args.epochs
