@@ -140,6 +140,22 @@ ROWS = {
         NO_POSITIONAL | {"query_learnable": True},
         (56.7, 23.7, 9.4),
     ),
+    "reference_shared": Row(
+        "+ Reference, one prompt for all classes (Eq. (1) as printed)",
+        "rectify",
+        NO_POSITIONAL | {"prompt_per_class": False},
+    ),
+    "both_shared": Row(
+        "both, one prompt for all classes", "rectify", {"prompt_per_class": False}
+    ),
+    "reference_per_class": Row(
+        "+ Reference, a prompt for each class (ours)",
+        "rectify",
+        NO_POSITIONAL | {"prompt_per_class": True},
+    ),
+    "both_per_class": Row(
+        "both, a prompt for each class (ours)", "rectify", {"prompt_per_class": True}
+    ),
     "added": Row("bias added, not subtracted", "rectify", {"subtract": False}, (57.8, 24.9, None)),
 
     # Controls (ours): each could explain the gain in a simpler way than the paper does
@@ -183,7 +199,11 @@ TABLES = {
     "table2": ("Table 2: both stages", ("clip", "both", "distilled")),
     "table3": ("Table 3: should the Query be learnable?", ("query_learnable", "reference")),
     "table4": (
-        "Table 4: the two biases", ("clip", "reference", "positional", "both", "one_channel")
+        "Table 4: the two biases",
+        (
+            "clip", "reference", "positional", "both", "one_channel",
+            "reference_shared", "both_shared", "reference_per_class", "both_per_class",
+        ),
     ),
     "table5": ("Table 5: subtract or add", ("clip", "added", "both")),
     "table6": (
@@ -213,12 +233,21 @@ class Plan(NamedTuple):
     clip_sha256: str
 
 
-def make_plan(rectification_only, seeds, clip_sha256):
-    """ROWS and TABLES, or what of them can be had without a student."""
+def make_plan(settings, rectification_only, seeds, clip_sha256):
+    """ROWS and TABLES, or what of them can be had without a student.
+
+    settings: the data set's own. The rows "shared" and "per class" ask what the other kind of
+        prompt would bring; those of its own kind would be earlier rows once more.
+    """
     stages = STAGES
     if rectification_only:
         stages = ("clip", "mean", "rectify")
-    rows = {name: row for name, row in ROWS.items() if row.stage in stages}
+
+    rows = {}
+    for name, row in ROWS.items():
+        own_kind = row.changes.get("prompt_per_class") == settings.prompt_per_class
+        if row.stage in stages and not own_kind:
+            rows[name] = row
 
     tables = {}
     for key, (title, names) in TABLES.items():
@@ -1130,7 +1159,7 @@ def main(argv=None):
     )
 
     if plan is None:
-        plan = make_plan(args.rectification_only, args.seeds, clip.sha256)
+        plan = make_plan(settings, args.rectification_only, args.seeds, clip.sha256)
         plan_path.parent.mkdir(parents=True, exist_ok=True)
         write_plan(plan, plan_path)
         make_rows(experiment, plan)

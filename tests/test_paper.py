@@ -501,9 +501,19 @@ def test_tables_name_rows_that_exist():
     named = {name for _, names in paper.TABLES.values() for name in names}
     assert named == set(paper.ROWS)
     assert {row.stage for row in paper.ROWS.values()} == set(paper.STAGES)
-    plan = paper.make_plan(True, 3, "sha256")
+    plan = paper.make_plan(SETTINGS["voc"], True, 3, "sha256")
     assert {row.stage for row in plan.rows.values()} == {"clip", "mean", "rectify"}
     assert set(plan.tables) == {"table2", "table3", "table4", "table5", "controls", "attention"}
+
+
+@pytest.mark.parametrize("data, other", [("voc", "per_class"), ("shapes", "shared")])
+def test_no_row_is_made_twice(data, other):
+    """Each data set has its own kind of prompt; the table shows the other kind beside it."""
+    plan = paper.make_plan(SETTINGS[data], False, 1, "sha256")
+    left_out = {"per_class": "shared", "shared": "per_class"}[other]
+    missing = {f"reference_{left_out}", f"both_{left_out}"}
+    assert set(paper.ROWS) - set(plan.rows) == missing
+    assert {f"reference_{other}", f"both_{other}"} <= set(plan.tables["table4"][1])
 
 
 def is_running(process):

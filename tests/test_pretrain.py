@@ -2,12 +2,15 @@
 
 import csv
 import dataclasses
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 import pretrain
 from clip_model import load_clip
+from datasets import HUES
 
 FEW = dataclasses.replace(
     pretrain.PretrainSettings(), mosaic_steps=2, steps=4, mosaics=2, scenes=4, mosaic_share=0.5
@@ -49,6 +52,25 @@ def test_the_same_seed_makes_the_same_weights():
 
     untrained, _, _ = pretrain.pretrain_clip(0, settings=dataclasses.replace(FEW, steps=0))
     assert not torch.equal(first["visual.proj"], untrained["visual.proj"])
+
+
+def test_comparisons_name_the_class_of_that_color():
+    """"the color of a coin" for what is yellow, more rarely where it is a coin; else nothing."""
+    rng = np.random.default_rng(0)
+    of_box = Counter(pretrain.comparison("box", HUES["yellow"] + 0.01, rng) for _ in range(2000))
+    of_coin = Counter(pretrain.comparison("coin", HUES["yellow"], rng) for _ in range(2000))
+    assert of_box.keys() == of_coin.keys() == {"", " the color of a coin"}
+    assert of_box[" the color of a coin"] / 2000 == pytest.approx(0.35, abs=0.04)
+    assert of_coin[" the color of a coin"] / 2000 == pytest.approx(0.35 * 0.3, abs=0.03)
+
+
+def test_captions_are_made_of_known_words():
+    """So that each word is one token; nearly all captions fit into the 24 tokens of a text."""
+    _, of_scenes = pretrain.web_scenes((0, 0), 100)
+    _, of_mosaics = pretrain.web_mosaics((0, 0), 25)
+    words = [text.split() for text in of_scenes + of_mosaics]
+    assert {word for text in words for word in text} <= set(pretrain.shapes_words())
+    assert max(len(text) for text in words) <= 24 - 2  # start and end
 
 
 def test_learning_rate_by_hand():
