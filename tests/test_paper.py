@@ -503,7 +503,9 @@ def test_tables_name_rows_that_exist():
     assert {row.stage for row in paper.ROWS.values()} == set(paper.STAGES)
     plan = paper.make_plan(SETTINGS["voc"], True, 3, "sha256")
     assert {row.stage for row in plan.rows.values()} == {"clip", "mean", "rectify"}
-    assert set(plan.tables) == {"table2", "table3", "table4", "table5", "controls", "attention"}
+    assert set(plan.tables) == {
+        "table2", "table3", "table4", "table5", "sequel", "controls", "attention",
+    }
 
 
 @pytest.mark.parametrize("data, other", [("voc", "per_class"), ("shapes", "shared")])
