@@ -462,7 +462,10 @@ PLUSPLUS = {
     "context": {"label_window": 80, "denoise": 0.85},
     "ade20k": {"label_window": 85, "denoise": 0.5},
     "own": {"label_window": 56},
-    "shapes": {"label_window": 24},  # ours, chosen on val
+    # Ours, chosen on val, over three CLIPs: without windows, the released learning rate. An image
+    # of 64 pixels holds few, large things, and windows of 40 name classes that are not there
+    # (precision 0.73 against 0.87): 55 mIoU in place of 60.
+    "shapes": {"label_window": 0, "lr": 0.01},
 }
 
 
