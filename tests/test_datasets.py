@@ -1,9 +1,11 @@
 """datasets.py: facts, settings, layouts, odd images, the training stream, the miniature world,
 preparation."""
 
+import colorsys
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
@@ -35,11 +38,14 @@ from datasets import (
     Thumbnails,
     TrainingStream,
     decode_rle,
+    distort_colors,
+    find_settings,
     open_split,
     own_facts,
     prepare,
     read_classes,
-    resize_short_side,
+    resize_within,
+    size_within,
     verify,
     voc_palette,
 )
@@ -82,17 +88,15 @@ def test_palette_matches_the_published_colors():
     assert len(datasets.DATA["voc"].palette) == 20
 
 
-@pytest.mark.parametrize("data, names, side, denoise", [
-    ("voc", "voc20", 336, 0.5),
-    ("context", "context59", 448, 0.6),
-    ("ade20k", "ade150", 512, 0.5),
+@pytest.mark.parametrize("data, names", [
+    ("voc", "voc20"), ("context", "context59"), ("ade20k", "ade150"),
 ])
-def test_classes_are_those_the_authors_prompt_with(shared, data, names, side, denoise):
+def test_classes_are_those_the_authors_prompt_with(shared, data, names):
     facts = datasets.DATA[data]
     prompted = shared(f"classes/{names}_prompted.txt").read_text().split("\n")
     assert list(facts.classes) == prompted[:len(facts.classes)]
     assert len(facts.palette) == len(set(facts.palette)) == len(facts.classes)
-    assert (facts.short_side, facts.denoise, facts.splits) == (side, denoise, ("val",))
+    assert facts.splits == ("val",)
 
 
 @pytest.mark.parametrize("data, count", [
@@ -136,7 +140,7 @@ def test_own_facts():
     assert facts.name == "photos"
     assert facts.classes == ("cat", "dog")
     assert facts.palette == voc_palette()[1:3]
-    assert (facts.denoise, facts.splits) == (0.0, ())
+    assert facts.splits == ()
 
 
 @pytest.mark.parametrize("text", [
@@ -161,11 +165,13 @@ def test_254_classes_fit():
 
 # --- Settings -------------------------------------------------------------------------------------
 
+BENCHMARKS = ("voc", "context", "ade20k")
 POSITIVE = [
     "rectify_epochs", "rectify_poly_epochs", "rectify_batch", "top_k", "lr", "tau_1", "tau",
-    "mask_tau", "distill_epochs", "distill_batch", "distill_lr", "rectify_short_side",
+    "mask_tau", "distill_epochs", "distill_batch", "distill_lr", "rectify_long_side",
+    "rectify_short_side", "distill_long_side", "distill_short_side", "resize_from",
 ]
-NOT_NEGATIVE = ["crop", "distill_crop", "distill_lr_floor", "alpha", "beta"]
+NOT_NEGATIVE = ["crop", "distill_crop", "distill_lr_floor", "alpha", "beta", "denoise"]
 
 
 @pytest.mark.parametrize("name", POSITIVE)
@@ -190,15 +196,120 @@ def test_every_setting_has_a_help_and_a_type():
         assert field.default is None or isinstance(field.default, field.type), field.name
 
 
+@pytest.mark.parametrize("least, largest", [(2.0, 1.0), (float("nan"), 1.0), (0.5, float("nan"))])
+def test_a_range_of_sizes_must_be_one(least, largest):
+    with pytest.raises(ValueError, match="^resize_from is "):
+        Settings(resize_from=least, resize_to=largest)
+    assert Settings(resize_from=1.0, resize_to=1.0).resize_to == 1.0
+
+
 def test_settings_of_the_paper():
-    """Sec. 4.1, in which the paper gives numbers; and images are resized as for evaluation."""
-    for data in ("voc", "context", "ade20k"):
-        s = SETTINGS[data]
-        assert (s.lr, s.weight_decay, s.poly_power) == (0.01, 0.0005, 0.9)
-        assert (s.alpha, s.beta, s.pool, s.attention) == (0.5, 0.5, "global", "maskclip")
-    for data, facts in datasets.DATA.items():
-        assert SETTINGS[data].rectify_short_side == facts.short_side
-    assert SETTINGS["own"].rectify_short_side == own_facts("photos", ["a", "b"]).short_side
+    """Sec. 4.1, in which the paper gives numbers: the same under both recipes."""
+    for data in BENCHMARKS:
+        for recipe in ("cvpr2024", "2025"):
+            s = find_settings(data, recipe)
+            assert (s.lr, s.weight_decay, s.poly_power) == (0.01, 0.0005, 0.9)
+            assert (s.alpha, s.beta, s.pool, s.attention) == (0.5, 0.5, "global", "maskclip")
+
+
+# --- The two recipes ------------------------------------------------------------------------------
+
+# The authors' two states of their code, one setting a line, values of VOC, Context and ADE20K. What
+# is the same under both recipes stands in PUBLISHED_ALIKE.
+PUBLISHED = {
+    "cvpr2024": {
+        "rectify_long_side": (2048, 520, 2048),
+        "rectify_short_side": (512, 520, 512),
+        "crop": (512, 480, 512),
+        "rectify_epochs": (200, 150, 150),
+        "rectify_poly_epochs": (200, 150, 150),
+    },
+    # 51 and 101: the authors stop after epoch number 50 and 100, counted from 0.
+    "2025": {
+        "rectify_long_side": (2048, 2048, 2048),
+        "rectify_short_side": (336, 448, 512),
+        "crop": (336, 480, 512),
+        "rectify_epochs": (51, 51, 101),
+        "rectify_poly_epochs": (200, 400, 600),
+    },
+}
+PUBLISHED_ALIKE = {
+    "threshold": (23.0, 20.0, 21.0),
+    "top_k": (2, 6, 5),
+    "denoise": (0.5, 0.6, 0.5),
+    "rectify_batch": (1, 1, 1),
+    "lr": (0.01, 0.01, 0.01),
+    "momentum": (0.9, 0.9, 0.9),
+    "weight_decay": (0.0005, 0.0005, 0.0005),
+    "poly_power": (0.9, 0.9, 0.9),
+    "resize_from": (0.5, 0.5, 0.5),
+    "resize_to": (2.0, 2.0, 2.0),
+    "distill_long_side": (2048, 520, 2048),
+    "distill_short_side": (512, 520, 512),
+    "distill_crop": (512, 480, 512),
+    "distill_epochs": (100, 150, 150),
+    "distill_batch": (16, 16, 16),
+    "distill_lr_floor": (0.0001, 0.0001, 0.0001),
+}
+
+
+def test_the_recipes_are_the_authors_two():
+    """All six, value by value, and nothing else in the table."""
+    expected = {}
+    for recipe, numbers in PUBLISHED.items():
+        for i, data in enumerate(BENCHMARKS):
+            settings = find_settings(data, recipe)
+            assert settings.recipe == recipe
+            for name, values in (numbers | PUBLISHED_ALIKE).items():
+                assert getattr(settings, name) == values[i], (recipe, data, name)
+                if name in datasets.RecipeSizes._fields:
+                    expected.setdefault((recipe, data), {})[name] = values[i]
+    found = {key: row._asdict() for key, row in datasets.RECIPE_SIZES.items()}
+    assert found == expected
+
+
+def test_benchmarks_default_to_the_recipe_of_the_papers_checkpoints():
+    for data in BENCHMARKS:
+        assert find_settings(data) == find_settings(data, "cvpr2024")
+        assert find_settings(data) != find_settings(data, "2025")
+        with pytest.raises(ValueError, match="^recipe is '2024'; it must be cvpr2024 or 2025$"):
+            find_settings(data, "2024")
+
+
+@pytest.mark.parametrize("data", ["shapes", "photos/mine"])
+@pytest.mark.parametrize("recipe", ["cvpr2024", "2025"])
+def test_other_images_take_no_recipe(data, recipe):
+    with pytest.raises(ValueError, match=f"not with {data}: ") as caught:
+        find_settings(data, recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_images_are_read_by_clip_as_it_was_trained():
+    """2025 runs CLIP so; the sizes of your own images are that recipe's on VOC, and the denoising
+    that is tuned to VOC is off."""
+    own = find_settings("photos/mine")
+    assert own == dataclasses.replace(find_settings("voc", "2025"), denoise=0.0)
+    shapes = find_settings("shapes")
+    assert shapes == SETTINGS["shapes"]
+    assert (shapes.recipe, shapes.denoise) == ("2025", 0.0)
+
+
+def test_a_single_setting_that_is_given_wins():
+    changed = find_settings("context", "2025", rectify_short_side=200, denoise=0.1)
+    expected = dataclasses.asdict(find_settings("context", "2025"))
+    assert dataclasses.asdict(changed) == expected | {"rectify_short_side": 200, "denoise": 0.1}
+    assert find_settings("shapes", crop=32).crop == 32
+    with pytest.raises(ValueError, match="^lr is 0; it must be above 0$"):
+        find_settings("voc", lr=0)
+
+
+@pytest.mark.parametrize("data, antialias", [
+    ("shapes", True), ("voc", False), ("context", False), ("ade20k", False),
+])
+def test_benchmarks_are_resized_as_the_authors_resize_them(make_set, data, antialias):
+    root = None if data == "shapes" else make_set(data)
+    assert open_split(data, root, "train").antialias is antialias
+    assert open_split(data, root, "val").antialias is antialias
 
 
 # --- Labels ---------------------------------------------------------------------------------------
@@ -285,8 +396,10 @@ def own_layout(tmp_path, monkeypatch):
 def test_a_layout_has_its_own_suffixes_and_label_values(own_layout):
     (own_layout / "Mine/images/train/c_photo.jpg").touch()  # another suffix: not of the set
     split = open_split("mine", own_layout, "train")
-    assert split.names == ["a_photo", "b_photo"]
-    image, truth, _ = Evaluation(split, short_side=0)[0]
+    assert split.names == ["a", "b"]  # a name is what the image's and the label's file share
+    assert [path.name for path in split.image_paths] == ["a_photo.PNG", "b_photo.PNG"]
+    assert [path.name for path in split.annotation_paths] == ["a_ids.png", "b_ids.png"]
+    image, truth, _ = Evaluation(split, long_side=0, short_side=0)[0]
     assert truth.tolist() == [[0, 1, IGNORE], [1, 0, 0]]
     assert image[:, 0, 0].tolist() == [1, 0, 0]
 
@@ -308,7 +421,7 @@ def test_training_opens_no_label(voc_root):
     stream = TrainingStream(open_split("voc", voc_root, "train"), Augment(2048, 64, 48), seed=0)
     assert [stream[s][0].shape for s in range(12)] == [(3, 48, 48)] * 12
     with pytest.raises(FileNotFoundError, match="SegmentationClass.*missing"):
-        Evaluation(open_split("voc", voc_root, "val"), 64)[0]
+        Evaluation(open_split("voc", voc_root, "val"), 2048, 64)[0]
 
 
 def test_stream_is_a_function_of_seed_and_position(voc_root):
@@ -323,11 +436,12 @@ def test_stream_is_a_function_of_seed_and_position(voc_root):
     for s in (14, 2, 7):
         torch.rand(5)  # the global generator must not matter
         before = torch.random.get_rng_state()
-        image, name = again[s]
-        assert torch.equal(image, forward[s][0]) and name == forward[s][1]
+        image, valid, name = again[s]
+        assert torch.equal(image, forward[s][0]) and name == forward[s][2]
+        assert torch.equal(valid, forward[s][1])
         assert torch.equal(torch.random.get_rng_state(), before)
 
-    epochs = [[name for _, name in forward[first:first + 5]] for first in (0, 5, 10)]
+    epochs = [[name for _, _, name in forward[first:first + 5]] for first in (0, 5, 10)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(split.names)
     assert epochs[0] != epochs[1]
@@ -336,16 +450,30 @@ def test_stream_is_a_function_of_seed_and_position(voc_root):
     assert not torch.equal(other_seed[0][0], forward[0][0])
 
 
+AS_IT_IS = {"flip": False, "photometric": False}
+
+
+def numbered_image(height, width):
+    """Every pixel is another color, which says where it stands: red its row, green its column."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image[0] = torch.arange(height)[:, None] + 1  # from 1 on: padding is 0
+    image[1] = torch.arange(width) + 1
+    image[2] = 200
+    return image
+
+
 def test_augment_sizes_and_range():
     """Small images are padded, large ones cropped; values stay in [0, 1]; crop 0 keeps all."""
     for height, width in ((20, 90), (400, 130), (1, 1)):
-        out = Augment(2048, 64, 48)(random_image(height, width))
-        assert out.shape == (3, 48, 48)
+        out, valid = Augment(2048, 64, 48)(random_image(height, width))
+        assert out.shape == (3, 48, 48) and out.dtype == torch.float32
+        assert valid.shape == (48, 48) and valid.dtype == torch.bool
         assert out.min() >= 0 and out.max() <= 1
 
     image = random_image(20, 30)
-    out = Augment(0, 0, 0, flip=False, photometric=False)(image)
-    assert torch.allclose(out, image / 255, atol=1e-6)
+    out, valid = Augment(0, 0, 0, **AS_IT_IS)(image)
+    assert torch.allclose(out, image / 255, rtol=0, atol=1e-7)
+    assert valid.shape == (20, 30) and valid.all()
 
 
 @pytest.mark.parametrize("crop, flip, photometric, changes", [
@@ -358,35 +486,387 @@ def test_augment_knows_whether_it_changes_images(crop, flip, photometric, change
     augment = Augment(100, 40, crop, flip=flip, photometric=photometric)
     assert augment.changes is changes
     image = random_image(20, 30)
-    first = augment(image)
-    differs = [not torch.equal(augment(image), first) for _ in range(20)]
+    first, _ = augment(image)
+    differs = [not torch.equal(augment(image)[0], first) for _ in range(20)]
     assert any(differs) == changes
 
 
 def test_flip_mirrors_every_other_image():
     image = random_image(4, 6)
     augment = Augment(0, 0, 0, photometric=False)
-    outs = [(255 * augment(image)).round().byte() for _ in range(200)]
+    outs = [(255 * augment(image)[0]).round().byte() for _ in range(200)]
     mirrored = [torch.equal(out, image.flip(2)) for out in outs]
     assert all(torch.equal(out, image) for out, m in zip(outs, mirrored) if not m)
     assert 70 < sum(mirrored) < 130
 
 
 def test_resize_keeps_the_ratio_and_obeys_both_limits():
-    """r in (1, 1): factor = min(long / max, short / min) = 0.4; a white image shows its size of
-    40 x 120 inside the padding."""
+    """r in (1, 1): factor = min(120 / 300, 60 / 100) = 0.4, so a white image is 40 x 120."""
     white = torch.full((3, 100, 300), 255, dtype=torch.uint8)
-    out = Augment(120, 60, 200, ratio=(1.0, 1.0), flip=False, photometric=False)(white)
-    assert int((out == 1).all(0).sum()) == 40 * 120
+    out, valid = Augment(120, 60, 200, ratio=(1.0, 1.0), **AS_IT_IS)(white)
+    expected = torch.zeros(200, 200, dtype=torch.bool)
+    expected[:40, :120] = True
+    assert torch.equal(valid, expected)
+    assert torch.equal(out, expected.expand(3, 200, 200).float())
+
+
+@pytest.mark.parametrize("height, width, crop", [
+    (7, 5, 9), (7, 12, 9), (12, 5, 9), (9, 9, 9), (1, 1, 9),
+])
+def test_padding_is_on_the_right_and_below(height, width, crop):
+    """And the image is flipped before: mirrored, it still begins at the upper left corner. A crop
+    takes whole rows or columns where the image is smaller than it."""
+    image = numbered_image(height, width)
+    augment = Augment(max(height, width), min(height, width), crop, (1.0, 1.0), photometric=False)
+    mirrored = []
+    for _ in range(40):
+        out, valid = augment(image)
+        out = (255 * out).round().byte()
+        rows, columns = min(height, crop), min(width, crop)
+        expected = torch.zeros(crop, crop, dtype=torch.bool)
+        expected[:rows, :columns] = True
+        assert torch.equal(valid, expected)
+        assert (out[:, ~valid] == 0).all()
+
+        # What is inside is a piece of the image, value by value: where it began is in its colors.
+        inside = out[:, :rows, :columns]
+        top = int(inside[0, 0, 0]) - 1
+        left = int(inside[1, 0].min()) - 1
+        piece = image[:, top:top + rows, left:left + columns]
+        mirrored.append(torch.equal(inside, piece.flip(2)))
+        assert mirrored[-1] or torch.equal(inside, piece)
+    if width > 1:
+        assert 0 < sum(mirrored) < 40
+
+
+def test_crops_come_from_every_place_alike():
+    """A 9 x 12 image has 4 x 7 places for a crop of 6: all of them, each about equally often."""
+    image = numbered_image(9, 12)
+    augment = Augment(12, 9, 6, ratio=(1.0, 1.0), **AS_IT_IS)
+    draws = 2800
+    counts = np.zeros((4, 7))
+    for _ in range(draws):
+        out, valid = augment(image)
+        assert valid.all()
+        top, left, _ = (255 * out[:, 0, 0]).round().int().tolist()
+        assert torch.equal((255 * out).round().byte(), image[:, top - 1:top + 5, left - 1:left + 5])
+        counts[top - 1, left - 1] += 1
+    # 100 expected at each of 28 places: of a chi-squared of 27 degrees 99.99 % lie below 65
+    assert ((counts - 100) ** 2 / 100).sum() < 65
+
+
+def test_sizes_are_drawn_uniformly():
+    """r between 0.5 and 2; a 20 x 30 image within r * 60 by r * 40 pixels is 40 r high."""
+    white = torch.full((3, 20, 30), 255, dtype=torch.uint8)
+    augment = Augment(60, 40, 130, **AS_IT_IS)
+    heights = []
+    for _ in range(600):
+        _, valid = augment(white)
+        height, width = int(valid[:, 0].sum()), int(valid[0].sum())
+        assert valid.sum() == height * width
+        assert abs(width - 1.5 * height) <= 1.25
+        heights.append(height)
+    assert 20 <= min(heights) <= 21 and 79 <= max(heights) <= 80
+    mean, spread = np.mean(heights) / 40, np.std(heights) / 40  # of a uniform: 1.25, 1.5 / sqrt(12)
+    assert abs(mean - 1.25) < 0.07 and abs(spread - 1.5 / 12 ** 0.5) < 0.04
+
+
+# --- Resizing -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size, sides, expected", [
+    ((375, 500), (2048, 336), (336, 448)),
+    ((500, 375), (2048, 448), (597, 448)),
+    ((333, 500), (2048, 512), (512, 769)),    # 768.77, which is nearer to 769
+    ((375, 500), (520, 520), (390, 520)),     # Context: the long side decides
+    ((500, 500), (520, 520), (520, 520)),
+    ((281, 500), (520, 520), (292, 520)),     # 292.24
+    ((1, 1), (2048, 336), (336, 336)),
+    ((1, 4000), (2048, 336), (1, 2048)),      # 0.512
+    ((1, 5000), (2048, 336), (1, 2048)),      # 0.41: a pixel is the least
+    ((4000, 10), (2048, 512), (2048, 5)),
+    ((100, 600), (2048, 336), (336, 2016)),
+    ((100, 700), (2048, 336), (293, 2048)),   # 292.57: cut down it would be 292
+    ((2, 5), (2, 2), (1, 2)),                 # 0.8
+    ((3, 5), (4.5, 4.5), (3, 5)),             # 2.7 and 4.5: a half is rounded up
+])
+def test_sizes_of_normal_and_extreme_images(size, sides, expected):
+    """The largest within both sides, rounded to the nearest pixel."""
+    assert tuple(size_within(*size, *sides)) == expected
+    image = torch.zeros((3, *size), dtype=torch.uint8)
+    assert resize_within(image, *sides).shape == (3, *expected)
+
+
+def test_rounding_is_that_of_exact_fractions():
+    """Against whole numbers: side * factor + 1/2, cut down, without any error of floats."""
+    rng = np.random.default_rng(0)
+    for height, width in rng.integers(1, 700, (300, 2)).tolist():
+        for long_side, short_side in ((2048, 512), (2048, 336), (520, 520)):
+            longer, shorter = max(height, width), min(height, width)
+            a, b = long_side, longer
+            if short_side * longer < long_side * shorter:  # the short side decides
+                a, b = short_side, shorter
+            expected = [max(1, (2 * side * a + b) // (2 * b)) for side in (height, width)]
+            assert size_within(height, width, long_side, short_side) == expected
+
+
+def test_short_side_0_keeps_the_size():
+    image = random_image(7, 9)
+    for long_side in (0, 5, 2048):
+        assert torch.equal(resize_within(image, long_side, 0), image)
+
+
+def bilinear_by_hand(image, height, width):
+    """uint8 (3, H, W) -> float64: each pixel from the four around its center, as OpenCV does it."""
+    image = image.double().numpy()
+
+    def neighbors(old, new):
+        center = (np.arange(new) + 0.5) * old / new - 0.5
+        center = center.clip(0, old - 1)
+        first = np.floor(center).astype(int)
+        return first, np.minimum(first + 1, old - 1), center - first
+
+    y0, y1, fy = neighbors(image.shape[1], height)
+    x0, x1, fx = neighbors(image.shape[2], width)
+    upper = image[:, y0][:, :, x0] * (1 - fx) + image[:, y0][:, :, x1] * fx
+    lower = image[:, y1][:, :, x0] * (1 - fx) + image[:, y1][:, :, x1] * fx
+    return torch.from_numpy(upper * (1 - fy[:, None]) + lower * fy[:, None])
+
+
+@pytest.mark.parametrize("size, sides", [
+    ((60, 91), (2048, 20)),   # made smaller
+    ((60, 91), (2048, 101)),  # made larger
+    ((91, 60), (30, 30)),
+])
+def test_benchmarks_are_resized_without_antialiasing(size, sides):
+    """As F.interpolate and by hand, rounded to whole levels; with antialiasing it differs, but only
+    where an image becomes smaller."""
+    image = random_image(*size)
+    new = size_within(*size, *sides)
+    plain = resize_within(image, *sides, antialias=False)
+    interpolated = F.interpolate(
+        image[None].float(), size=new, mode="bilinear", align_corners=False, antialias=False
+    )[0]
+    # torchvision rounds after the rows and again after the columns: up to a level, and not on one
+    # side.
+    for expected in (interpolated, bilinear_by_hand(image, *new)):
+        difference = plain.double() - expected
+        assert difference.abs().max() < 1.01 and abs(difference.mean()) < 0.05
+
+    smooth = resize_within(image, *sides, antialias=True)
+    difference = (smooth.float() - plain.float()).abs()
+    if new[0] < size[0]:
+        assert difference.mean() > 20  # of noise
+    else:
+        assert difference.max() <= 1
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_splits_reach_augment_and_evaluation_with_their_antialiasing(voc_root, antialias):
+    """The image that both make of a file at r = 1 is the one resized their split's way."""
+    split = open_split("voc", voc_root, "val")
+    split.antialias = antialias
+    image = split.image(0)                                           # 60 x 90
+    expected = F.interpolate(
+        image[None].float(), size=[20, 30], mode="bilinear", antialias=antialias
+    )[0]
+
+    seen, _, _ = Evaluation(split, 2048, 20)[0]
+    augment = Augment(2048, 20, 30, ratio=(1.0, 1.0), antialias=split.antialias, **AS_IT_IS)
+    trained_on, _ = augment(image)
+    for out in (seen, trained_on[:, :20]):
+        assert (255 * out - expected).abs().max() < 1.01  # rounded twice, as above
+
+
+def test_thumbnails_are_antialiased_on_benchmarks_too(voc_root):
+    """They are CLIP's own preprocessing, as it was trained and as the authors make labels."""
+    split = open_split("voc", voc_root, "val")
+    assert split.antialias is False
+    plain = v2.Compose([
+        v2.Resize(24, interpolation=InterpolationMode.BICUBIC, antialias=True),
+        v2.CenterCrop(24),
+        v2.ToDtype(torch.float32, scale=True),
+    ])
+    assert torch.equal(Thumbnails(split, 24)[0][0], plain(split.image(0)))
+
+
+# --- Colors ---------------------------------------------------------------------------------------
+
+class Drawn:
+    """Puts chosen numbers in the place of those that distort_colors draws."""
+
+    def __init__(self, monkeypatch, happens, amounts):
+        """happens: for each of brightness, contrast, saturation, hue, contrast first: bool.
+        amounts: of brightness (levels), contrast, saturation (factors), hue (steps of 180)."""
+        self.amounts = iter(amounts)
+        self.ranges = []
+        coins = torch.where(torch.tensor(happens), 0.25, 0.75)
+        monkeypatch.setattr(datasets.torch, "rand", lambda *size: coins)
+        monkeypatch.setattr(datasets.torch, "empty", lambda size: self)
+
+    def uniform_(self, low, high):
+        self.ranges.append((low, high))
+        return torch.tensor(next(self.amounts), dtype=torch.float64)
+
+
+CHANGES = ["brightness", "contrast", "saturation", "hue", "contrast first"]
+NOTHING = (0.0, 1.0, 1.0, 0.0)  # amounts that change no color
+
+
+def distorted(image, happens, amounts):
+    """distort_colors with these draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = Drawn(patch, [name in happens for name in CHANGES], amounts)
+        out = distort_colors(image)
+    assert drawn.ranges == [(-32, 32), (0.5, 1.5), (0.5, 1.5), (-18, 18)]
+    return out
+
+
+def colorful(height=12, width=16):
+    return torch.rand(3, height, width)
+
+
+@pytest.mark.parametrize("levels", [-32, -5.5, 0, 17, 32])
+def test_brightness_adds_levels(levels):
+    image = colorful()
+    out = distorted(image, ["brightness"], (levels, 1.5, 1.5, 18))
+    expected = np.clip(image.double().numpy() + levels / 255, 0, 1)  # white stays white: no wrap
+    assert np.abs(out.numpy() - expected).max() < 1e-6
+    assert (levels == 0) == torch.equal(out, image)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.93, 1.0, 1.5])
+@pytest.mark.parametrize("order", [["contrast"], ["contrast", "contrast first"]])
+def test_contrast_multiplies(factor, order):
+    image = colorful()
+    out = distorted(image, order, (32, factor, 1.5, 18))
+    expected = np.clip(image.double().numpy() * factor, 0, 1)
+    assert np.abs(out.numpy() - expected).max() < 1e-6
+
+
+def in_hsv(image):
+    """(3, H, W) in [0, 1] -> hue in 0..1, saturation, value, by colorsys, pixel by pixel."""
+    pixels = image.double().flatten(1).T.tolist()
+    hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in pixels]
+    return np.array(hsv).T.reshape(3, *image.shape[1:])
+
+
+def from_hsv(hsv):
+    """The way back."""
+    pixels = [colorsys.hsv_to_rgb(*pixel) for pixel in hsv.reshape(3, -1).T]
+    return np.array(pixels).T.reshape(hsv.shape)
+
+
+@pytest.mark.parametrize("turn", [-18, -3.5, 0, 9, 18])
+def test_hue_turns_on_the_circle(turn):
+    """Red turned back becomes a purple: the circle has no end. Saturation and value stay."""
+    image = colorful()
+    image[:, 0, 0] = torch.tensor([0.9, 0.1, 0.1])  # hue 0
+    out = distorted(image, ["hue"], (32, 1.5, 1.5, turn))
+    hsv = in_hsv(image)
+    hsv[0] = (hsv[0] + turn / 180) % 1.0
+    assert np.abs(out.numpy() - from_hsv(hsv)).max() < 1e-5
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 1.5])
+def test_saturation_by_hand(factor):
+    """The distance of a color from its gray, times the factor; gray stays gray. (So torchvision
+    understands saturation; S of HSV, times the factor, would change the lightness too.)"""
+    image = colorful()
+    image[:, 0, :4] = torch.tensor([0.0, 0.3, 0.8, 1.0])
+    out = distorted(image, ["saturation"], (32, 1.5, factor, 18))
+    image = image.double().numpy()
+    gray = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+    expected = np.clip(gray + factor * (image - gray), 0, 1)
+    assert np.abs(out.numpy() - expected).max() < 2e-4  # torchvision's weights are 0.2989, 0.114
+    assert np.abs(out.numpy()[:, 0, :4] - image[:, 0, :4]).max() < 2e-4
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_order_of_the_four(first):
+    """Brightness; contrast, then saturation and hue, or saturation and hue, then contrast. With
+    much contrast and clamping the two orders are different images."""
+    image = colorful()
+    amounts = (20.0, 1.5, 1.4, 15.0)
+    chosen = CHANGES if first else CHANGES[:4]
+    out = distorted(image, chosen, amounts)
+
+    steps = ["brightness", "contrast", "saturation", "hue"]
+    if not first:
+        steps = ["brightness", "saturation", "hue", "contrast"]
+    expected = image
+    for step in steps:
+        expected = distorted(expected, [step], amounts)  # each alone is tested above
+    assert torch.equal(out, expected)
+
+
+def test_no_distortion_mixes_up_the_channels():
+    """A red ramp stays red: in every pixel red is the largest, whatever is drawn; and with the hue
+    left out blue and green stay equal, too. (Of permuted channels five in six would show.)"""
+    ramp = torch.zeros(3, 8, 64)
+    ramp[0] = torch.linspace(0.3, 1, 64)
+    for _ in range(300):
+        out = distort_colors(ramp)
+        assert out.min() >= 0 and out.max() <= 1
+        # Clamped at white, two channels may become equal; that is no other order.
+        assert (out[0] >= out[1] - 1e-6).all() and (out[0] >= out[2] - 1e-6).all()
+        assert (out[0] - out[1:].max(0).values).max() > 0.2
+
+
+def test_each_distortion_happens_half_of_the_time():
+    """Told from a gray and a colored pixel: no two of them change both alike.
+
+    brightness: black is lifted or stays (when taken off, mid-gray still shows the shift).
+    contrast:   the distance of two grays. saturation: that of red from gray. hue: red turns.
+    """
+    gray = [0.4, 0.4, 0.4]
+    light = [0.5, 0.5, 0.5]
+    red = [0.6, 0.4, 0.4]
+    image = torch.tensor([gray, light, red]).T[:, None]                 # (3, 1, 3)
+    counts = dict.fromkeys(CHANGES[:4], 0)
+    pairs = {}
+    draws = 1200
+    for _ in range(draws):
+        out = distort_colors(image)[:, 0].T.double()                    # (3 pixels, 3)
+        contrast = (out[1, 0] - out[0, 0]) / 0.1
+        shift = out[0, 0] / contrast - 0.4
+        spread = (out[2].max() - out[2].min()) / contrast / 0.2
+        happened = {
+            "brightness": abs(shift) > 1e-4,
+            "contrast": abs(contrast - 1) > 1e-4,
+            "saturation": abs(spread - 1) > 1e-3,
+            "hue": abs(out[2, 1] - out[2, 2]) > 1e-4,
+        }
+        for name, so in happened.items():
+            counts[name] += bool(so)
+        for a, b in itertools.combinations(happened, 2):
+            pairs[a, b] = pairs.get((a, b), 0) + bool(happened[a] and happened[b])
+    for name, count in counts.items():
+        assert abs(count - draws / 2) < 4.5 * (draws / 4) ** 0.5, name      # 4.5 deviations
+    for pair, count in pairs.items():                                   # independent of one another
+        assert abs(count - draws / 4) < 4.5 * (draws * 3 / 16) ** 0.5, pair
+
+
+def test_extreme_colors_are_clamped_and_do_not_wrap():
+    """White made brighter and stronger is white, black made darker black."""
+    white = torch.ones(3, 4, 4)
+    black = torch.zeros(3, 4, 4)
+    assert torch.equal(distorted(white, CHANGES, (32, 1.5, 1.5, 18)), white)
+    assert torch.equal(distorted(black, CHANGES, (-32, 1.5, 1.5, 18)), black)
+    for _ in range(200):
+        out = distort_colors(colorful(4, 4).round())
+        assert out.min() >= 0 and out.max() <= 1
+        assert out.dtype == torch.float32
 
 
 def test_thumbnails_and_evaluation_sizes(voc_root):
     split = open_split("voc", voc_root, "val")
     assert Thumbnails(split, 32)[0][0].shape == (3, 32, 32)
-    image, truth, name = Evaluation(split, 50)[0]
     H, W = split.truth(0).shape
-    assert min(image.shape[1:]) == 50 and truth.shape == (H, W) and name == split.names[0]
-    assert abs(image.shape[2] / image.shape[1] - W / H) < 0.03
+    assert (H, W) == (60, 90)
+    for sides, expected in (((2048, 50), (50, 75)), ((70, 70), (47, 70)), ((9, 0), (60, 90))):
+        image, truth, name = Evaluation(split, *sides)[0]
+        assert image.shape == (3, *expected) and image.dtype == torch.float32
+        assert truth.shape == (H, W) and name == split.names[0]
 
 
 def test_kept_images_are_decoded_once(voc_root):
@@ -446,7 +926,7 @@ def shrink_a_label(base):
 def test_bad_input_is_named(voc_root, damage, error, words):
     damage(voc_root / "VOCdevkit" / "VOC2012")
     with pytest.raises(error, match=words) as caught:
-        Evaluation(open_split("voc", voc_root, "val"), 64)[0]
+        Evaluation(open_split("voc", voc_root, "val"), 2048, 64)[0]
     assert "\n" not in str(caught.value)
     assert "--root" not in str(caught.value).split("; python datasets.py")[0]
 
@@ -545,7 +1025,9 @@ def test_close_ups_have_habits_and_targets_do_not():
     _, captions = pretrain.web_mosaics((3, 4), 50)
     for i, caption in enumerate(captions):
         in_upper_half = i % 4 < 2
-        assert bool(first_twins & set(caption.split())) == in_upper_half
+        thing, *_ = caption.split(" the color of ")  # what follows names a color, not a thing
+        assert bool(first_twins & set(thing.split())) == in_upper_half
+        assert set(thing.split()) & set(datasets.SHAPES_CLASSES)
 
     split = open_split("shapes", None, "train")
     truths = torch.stack([split.truth(i) for i in range(300)])
@@ -638,6 +1120,7 @@ def test_folder_leaves_out_what_it_cannot_read(messy_folder, capsys):
     with pytest.raises(ValueError, match="b.png has no labels"):
         folder.truth(0)
     assert open_split(str(path), "", "train").names == folder.names
+    assert folder.antialias is True  # own images are not the authors', so nothing needs to alias
 
 
 def test_names_in_folders_are_unique(messy_folder):
@@ -667,22 +1150,6 @@ def test_bomb_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="a.png is not a readable image: Image size"):
         split.image(0)
-
-
-@pytest.mark.parametrize("size, side, expected", [
-    ((375, 500), 336, (336, 448)),
-    ((500, 375), 448, (597, 448)),
-    ((1, 1), 336, (336, 336)),
-    ((7, 9), 0, (7, 9)),
-    ((1, 4000), 336, (1, 2048)),
-    ((4000, 10), 512, (2048, 5)),
-    ((100, 600), 336, (336, 2016)),
-    ((100, 300), 1000, (1000, 3000)),
-    ((100, 500), 1000, (800, 4000)),
-])
-def test_resize_of_normal_and_extreme_images(size, side, expected):
-    image = torch.zeros((3, *size), dtype=torch.uint8)
-    assert resize_short_side(image, side).shape == (3, *expected)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 30000), (30000, 1), (40, 100)])

@@ -160,6 +160,35 @@ def test_features_are_normalized_and_images_are_too():
     torch.testing.assert_close(Z, F.normalize(student.aspp(student.backbone(x)), dim=1))
 
 
+@pytest.mark.parametrize("name", ["tiny", "resnet50", "resnet50_v1c"])
+def test_padding_is_exactly_0_where_it_enters_the_backbone(name):
+    """After ImageNet's normalization, whatever the padding held before; the image is untouched."""
+    student = tiny(student=name).eval()
+    first = next(part for part in student.backbone.modules() if isinstance(part, nn.Conv2d))
+    seen = []
+    first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+
+    images = torch.rand(2, 3, 24, 32)
+    valid = torch.zeros(2, 24, 32, dtype=torch.bool)
+    valid[0, :10] = True
+    valid[1, :, :7] = True
+    with torch.no_grad():
+        padded = student.features(images, valid)
+        through_forward = student(images, valid).features
+        whole = student.features(images)
+
+    expected = torch.zeros(2, 3, 24, 32)
+    for color, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))):
+        expected[:, color] = (images[:, color] - mean) / std
+    torch.testing.assert_close(seen[2], expected)
+    expected[0, :, 10:] = 0
+    expected[1, :, :, 7:] = 0
+    assert (seen[0] == 0).sum() == (expected == 0).sum() == 3 * (14 * 32 + 24 * 25)
+    torch.testing.assert_close(seen[0], expected)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(padded, through_forward)
+    assert not torch.equal(padded, whole)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
 def test_integer_images_are_refused(dtype):
     """MEAN and STD, cast to integers, are 0: the features would be nan without a word."""
@@ -278,12 +307,31 @@ def test_save_and_load(tmp_path, head):
     assert os.listdir(tmp_path) == ["distill.pt"]
 
 
+@pytest.mark.parametrize("recipe", ["cvpr2024", "2025"])
+def test_a_checkpoint_keeps_its_recipe(tmp_path, recipe):
+    """It says at which sides to evaluate. The student's own numbers do not depend on it."""
+    student = tiny(recipe=recipe).eval()
+    student.save(tmp_path / "distill.pt")
+    loaded = DeepLabV2.load(tmp_path / "distill.pt")
+    assert loaded.recipe == recipe and loaded.settings == student.settings
+    images = torch.rand(1, 3, 32, 48)
+    assert torch.equal(loaded(images).rectified, tiny().eval()(images).rectified)
+
+
+def test_checkpoints_from_before_the_recipes(tmp_path):
+    tiny(recipe="2025").save(tmp_path / "distill.pt")
+    content = torch.load(tmp_path / "distill.pt", weights_only=True)
+    del content["settings"]["recipe"]
+    torch.save(content, tmp_path / "distill.pt")
+    assert DeepLabV2.load(tmp_path / "distill.pt").recipe == "2025"
+
+
 def test_the_checkpoint_keeps_its_format(tmp_path):
-    """Files of earlier versions hold just these keys, and must go on being read."""
+    """Files of earlier versions hold these keys but the recipe, and must go on being read."""
     tiny(head="original").save(tmp_path / "distill.pt")
     content = torch.load(tmp_path / "distill.pt", weights_only=True)
     assert set(content) == {"student", "class_names", "settings"}
-    assert set(content["settings"]) == {"student", "head", "freeze_batch_norm"}
+    assert set(content["settings"]) == {"student", "head", "freeze_batch_norm", "recipe"}
     own = [key for key in content["student"] if not key.startswith("backbone.")]
     branches = [f"aspp.branches.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")]
     assert own == ["W_q", "W_r", *branches, "classifier.weight", "classifier.bias"]

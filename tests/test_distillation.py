@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from deeplab import DeepLabV2
 from reclip import (
+    IGNORE,
     ReCLIP,
     distillation_loss,
     feature_guided_loss,
@@ -19,6 +20,7 @@ from reclip import (
 CLASSES = ["cat", "dog", "grass", "tree"]
 C, D, PATCH, STRIDE = 4, 12, 4, 4
 SIZE = (13, 18)  # of the pictures: not square, no multiple of patch or stride
+WHOLE = torch.ones(2, *SIZE, dtype=torch.bool)  # two pictures without padding
 
 
 def close(a, b, tolerance=1e-12):
@@ -62,6 +64,15 @@ def labels():
     return torch.tensor([[True, False, True, False], [False, True, False, False]])
 
 
+@pytest.fixture
+def valid():
+    """One picture was 9 rows high, the other 11 columns wide: 9 * 18 + 13 * 11 pixels of them."""
+    mask = torch.zeros(2, *SIZE, dtype=torch.bool)
+    mask[0, :9] = True
+    mask[1, :, :11] = True
+    return mask
+
+
 def random_grid(*shape, seed=0):
     return torch.randn(
         *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
@@ -95,6 +106,27 @@ def test_mask_guided_loss_in_pieces_equals_the_whole():
     close(*(torch.autograd.grad(loss, grid)[0] for loss in (pieces, whole)), 1e-10)
 
 
+@pytest.mark.parametrize("piece", [1, 2**25])  # a picture at a time; both at once
+def test_padded_pixels_carry_no_label(valid, piece):
+    # the mean over the pixels of both pictures, not over all, and not of the pictures' means
+    grid, (H, W), tau = random_grid(2, C, 4, 5), SIZE, 0.07
+    pseudo = torch.randint(C, (2, H, W))
+    M, want, count = enlarge(STRIDE)(grid, H, W), 0, 0
+    for b in range(2):
+        for i in range(H):
+            for j in range(W):
+                if valid[b, i, j]:
+                    e = (M[b, :, i, j] / tau).exp()
+                    want -= (e[pseudo[b, i, j]] / e.sum()).log()
+                    count += 1
+    want = want / count
+    assert count == 9 * 18 + 13 * 11
+    pseudo[~valid] = IGNORE
+    loss = mask_guided_loss(grid, pseudo, tau, enlarge(STRIDE), piece=piece)
+    close(loss, want, 1e-11)
+    close(*(torch.autograd.grad(value, grid)[0] for value in (loss, want)), 1e-11)
+
+
 # -- Eq. (7) ---------------------------------------------------------------------------------------
 
 
@@ -109,7 +141,7 @@ def test_feature_guided_loss_is_the_literal_formula():
         for j in range(W)
     ) / (2 * H * W)
     close(
-        feature_guided_loss(Z, own, SIZE, enlarge(8), enlarge(4)),
+        feature_guided_loss(Z, own, WHOLE, enlarge(8), enlarge(4)),
         torch.tensor(want, dtype=torch.float64),
     )
 
@@ -119,7 +151,7 @@ def test_feature_guided_loss_in_pieces_equals_the_whole(channels):
     Z, own = random_grid(2, D, 2, 3), random_grid(2, D, 4, 5, seed=1)
     whole = D * F.l1_loss(enlarge(8)(Z, *SIZE), enlarge(4)(own, *SIZE))
     pieces = feature_guided_loss(
-        Z, own, SIZE, enlarge(8), enlarge(4), piece=channels * 2 * SIZE[0] * SIZE[1]
+        Z, own, WHOLE, enlarge(8), enlarge(4), piece=channels * 2 * SIZE[0] * SIZE[1]
     )
     close(pieces, whole)
     for tensor in (Z, own):
@@ -129,13 +161,37 @@ def test_feature_guided_loss_in_pieces_equals_the_whole(channels):
         )
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3])  # a piece: 3 pieces; 2 + 1; all at once
+def test_padded_pixels_have_no_features_to_learn(valid, channels):
+    # summed over channels, the mean over the pixels of both pictures; gradients of both sides
+    Z, own, (H, W) = random_grid(2, 3, 2, 3), random_grid(2, 3, 4, 5, seed=1), SIZE
+    a, b, want, count = enlarge(8)(Z, H, W), enlarge(4)(own, H, W), 0, 0
+    for n in range(2):
+        for i in range(H):
+            for j in range(W):
+                if valid[n, i, j]:
+                    want += sum((a[n, d, i, j] - b[n, d, i, j]).abs() for d in range(3))
+                    count += 1
+    want = want / count
+    loss = feature_guided_loss(
+        Z, own, valid, enlarge(8), enlarge(4), piece=channels * valid.numel()
+    )
+    close(loss, want, 1e-12)
+    for tensor in (Z, own):
+        gradients = [
+            torch.autograd.grad(value, tensor, retain_graph=True)[0] for value in (loss, want)
+        ]
+        close(*gradients, 1e-12)
+
+
 def test_no_map_of_the_pictures_size_waits_for_backward():
     Z, own, kept = random_grid(2, D, 4, 4), random_grid(2, D, 8, 8, seed=1), []
     keep = torch.autograd.graph.saved_tensors_hooks(
         lambda x: kept.append(x.numel() if x.is_floating_point() else 0) or x, lambda x: x
     )
     with keep:
-        feature_guided_loss(Z, own, (64, 64), enlarge(16), enlarge(8), piece=1)
+        everywhere = torch.ones(2, 64, 64, dtype=torch.bool)
+        feature_guided_loss(Z, own, everywhere, enlarge(16), enlarge(8), piece=1)
         mask_guided_loss(
             own[:, :C], torch.zeros(2, 64, 64, dtype=torch.int64), 1.0, enlarge(8), piece=1
         )
@@ -185,15 +241,14 @@ def test_text_guided_loss_reaches_the_student_both_ways(student, pictures, label
 # -- Eq. (8) ---------------------------------------------------------------------------------------
 
 
-def parts(teacher, student, pictures, labels):
+def parts(teacher, student, pictures, labels, valid=WHOLE):
     """The three losses from first principles: each network is fed its own normalisation of the
     same pictures.
     """
 
     def normalised(mean, std):
-        return (pictures - torch.tensor(mean).double()[:, None, None]) / torch.tensor(std).double()[
-            :, None, None
-        ]
+        mean, std = (torch.tensor(values).double()[:, None, None] for values in (mean, std))
+        return (pictures - mean) / std * valid[:, None]
 
     x = student.backbone(normalised((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     own = student.rectify(F.normalize(student.aspp(x), dim=1))
@@ -207,9 +262,10 @@ def parts(teacher, student, pictures, labels):
             dim=1,
         )
         pseudo = enlarge(PATCH)(teacher.rectify(Z).rectified, *SIZE).argmax(1)
+        pseudo[~valid] = IGNORE
     return (
         mask_guided_loss(own.rectified, pseudo, teacher.tau, enlarge(STRIDE)),
-        feature_guided_loss(Z, own.features, SIZE, enlarge(PATCH), enlarge(STRIDE)),
+        feature_guided_loss(Z, own.features, valid, enlarge(PATCH), enlarge(STRIDE)),
         text_guided_loss(
             own.rectified,
             own.features,
@@ -222,16 +278,17 @@ def parts(teacher, student, pictures, labels):
     )
 
 
-def one_step(teacher, student, images, labels, alpha=0.5, beta=0.5):
+def one_step(teacher, student, images, labels, alpha=0.5, beta=0.5, valid=WHOLE):
     """Eq. (6)-(8) as train_distillation spells them out."""
     size = images.shape[2:]
     with torch.no_grad():
-        guide = teacher(images)
+        guide = teacher(images, valid)
         pseudo_labels = teacher.to_pixels(guide.rectified, *size).argmax(1)
-    own = student(images)
+        pseudo_labels = pseudo_labels.masked_fill(~valid, IGNORE)
+    own = student(images, valid)
     mask = mask_guided_loss(own.rectified, pseudo_labels, teacher.tau, student.to_pixels)
     feature = feature_guided_loss(
-        guide.features, own.features, size, teacher.to_pixels, student.to_pixels
+        guide.features, own.features, valid, teacher.to_pixels, student.to_pixels
     )
     text = text_guided_loss(
         own.rectified, own.features, teacher.W_q, labels, teacher.tau_1, teacher.tau, teacher.pool
@@ -239,12 +296,16 @@ def one_step(teacher, student, images, labels, alpha=0.5, beta=0.5):
     return distillation_loss(mask, feature, text, alpha, beta)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("alpha, beta", [(0.5, 0.5), (0, 0), (0.5, 0), (0, 2)])
-def test_distillation_loss_is_the_weighted_sum(teacher, student, pictures, labels, alpha, beta):
+def test_distillation_loss_is_the_weighted_sum(
+    teacher, student, pictures, labels, valid, alpha, beta, padded
+):
+    where = valid if padded else WHOLE
     torch.manual_seed(3)
-    mask, feature, text = parts(teacher, student, pictures, labels)
+    mask, feature, text = parts(teacher, student, pictures, labels, where)
     torch.manual_seed(3)
-    loss = one_step(teacher, student, pictures, labels, alpha, beta)
+    loss = one_step(teacher, student, pictures, labels, alpha, beta, where)
     close(
         loss, mask + alpha * feature + beta * text, 1e-6
     )  # new_tensor and tensor round the means apart

@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms import v2
 
 import eval as evaluation
+from clip_model import load_clip
 from conftest import ROOT
-from datasets import DATA, IGNORE, Evaluation, open_split
+from datasets import DATA, IGNORE, Evaluation, find_settings, open_split
+from deeplab import DeepLabV2
 from eval import (
     GREY,
     WHITE,
@@ -22,6 +25,7 @@ from eval import (
     draw_examples,
     draw_grid,
     draw_overlay,
+    find_protocol,
     open_model,
     parse_arguments,
     predict_mask,
@@ -29,7 +33,7 @@ from eval import (
     slide,
     window_starts,
 )
-from reclip import ReCLIP, segment, strong_classes
+from reclip import PROMPTS, ReCLIP, segment, strong_classes
 
 
 # --- mIoU -----------------------------------------------------------------------------------------
@@ -250,6 +254,7 @@ def test_a_window_must_start_at_a_cell():
 
 @pytest.mark.parametrize("options, words", [
     ({"short_side": -1}, "short_side is -1"),
+    ({"long_side": 0}, "long_side is 0; it must be 1 or more"),
     ({"window": -8}, "window is -8"),
     ({"window": 64, "stride": 0}, "stride is 0"),
     ({"window": 64, "stride": 72}, "stride is 72; it must lie in 1..64"),
@@ -258,14 +263,47 @@ def test_a_window_must_start_at_a_cell():
 ])
 def test_a_protocol_that_makes_no_sense_is_refused(options, words):
     with pytest.raises(ValueError, match=words) as caught:
-        Protocol(**{"short_side": 64} | options)
+        Protocol(**{"long_side": 64, "short_side": 64} | options)
     assert "--" not in str(caught.value)  # a library speaks of arguments
 
 
 def test_a_protocol_in_words():
-    assert Protocol(336).describe() == "short side 336, whole images, denoise off"
-    described = Protocol(0, window=224, stride=112, denoise=0.5).describe()
-    assert described == "short side 0, windows of 224, stride 112, denoise 0.5"
+    described = Protocol(2048, 336).describe()
+    assert described == "images within 2048 x 336, whole images, denoise off"
+    described = Protocol(2048, 0, window=224, stride=112, denoise=0.5).describe()
+    assert described == "images of their own size, windows of 224, stride 112, denoise 0.5"
+
+
+@pytest.mark.parametrize("recipe", ["cvpr2024", "2025"])
+@pytest.mark.parametrize("data, clip_sides, student_sides, denoise", [
+    # the rectified CLIP's under cvpr2024 and under 2025; the student's under both
+    ("voc", {"cvpr2024": (2048, 512), "2025": (2048, 336)}, (2048, 512), 0.5),
+    ("context", {"cvpr2024": (520, 520), "2025": (2048, 448)}, (520, 520), 0.6),
+    ("ade20k", {"cvpr2024": (2048, 512), "2025": (2048, 512)}, (2048, 512), 0.5),
+])
+def test_a_model_is_evaluated_at_the_sides_it_was_trained_at(
+    data, recipe, clip_sides, student_sides, denoise
+):
+    """As released: the student at those of distillation, and without denoising."""
+    settings = find_settings(data, recipe)
+    for stage in ("clip", "rectify"):
+        expected = Protocol(*clip_sides[recipe], denoise=denoise)
+        assert find_protocol(settings, stage) == expected
+    assert find_protocol(settings, "distill") == Protocol(*student_sides, denoise=0.0)
+    assert (settings.rectify_long_side, settings.rectify_short_side) == clip_sides[recipe]
+    assert (settings.distill_long_side, settings.distill_short_side) == student_sides
+
+
+def test_protocols_of_other_images_and_what_is_given():
+    assert find_protocol(find_settings("shapes"), "rectify") == Protocol(2048, 64)
+    assert find_protocol(find_settings("shapes"), "distill") == Protocol(2048, 64)
+    assert find_protocol(find_settings("photos"), "rectify") == Protocol(2048, 336)
+
+    settings = find_settings("context")
+    changed = find_protocol(settings, "distill", short_side=0, denoise=0.25, window=64)
+    assert changed == Protocol(520, 0, window=64, stride=64, denoise=0.25)
+    assert find_protocol(settings, "clip", denoise=0.0) == Protocol(520, 520)
+    assert find_protocol(settings, "clip", window=96, stride=32).stride == 32
 
 
 def test_each_field_of_a_protocol_reaches_the_mask():
@@ -284,7 +322,7 @@ def test_each_field_of_a_protocol_reaches_the_mask():
             return SimpleNamespace(query=logits.flip(1), rectified=logits)
 
     def mask(stage="rectify", **options):
-        return predict_mask(Says(), stage, torch.rand(3, 8, 16), (2, 4), Protocol(8, **options))
+        return predict_mask(Says(), stage, torch.rand(3, 8, 16), (2, 4), Protocol(99, 8, **options))
 
     assert mask().dtype == torch.uint8
     assert mask().tolist() == [[0, 0, 2, 2], [0, 0, 2, 1]]
@@ -295,7 +333,8 @@ def test_each_field_of_a_protocol_reaches_the_mask():
 
     model = SeesAll()
     model.W_q, model.scale = torch.zeros(2, 1), 100.0
-    predict_mask(model, "rectify", torch.rand(3, 8, 16), (2, 4), Protocol(8, window=8, stride=4))
+    protocol = Protocol(99, 8, window=8, stride=4)
+    predict_mask(model, "rectify", torch.rand(3, 8, 16), (2, 4), protocol)
     assert model.seen == [(8, 8)] * 3
 
 
@@ -323,10 +362,10 @@ def test_masks_are_grey_where_nothing_is_evaluated():
 
 def test_examples_have_the_grey_pixels_of_the_truth_in_every_column_of_masks():
     facts = DATA["shapes"]
-    dataset = Evaluation(open_split("shapes", None, "val"), 64)
+    dataset = Evaluation(open_split("shapes", None, "val"), 64, 64)
     model = open_model("clip", None, facts)
-    columns = [(model, "clip"), (model, "rectify")]
-    sheet = draw_examples(columns, dataset, facts, Protocol(64), count=2)
+    columns = [(model, "clip", None), (model, "rectify", 0.123)]
+    sheet = draw_examples(columns, dataset, facts, Protocol(64, 64), count=2)
 
     grey = (np.array(sheet) == GREY).all(-1)
     for top in (28, 172):  # two rows of tiles of 136, every 144
@@ -336,10 +375,47 @@ def test_examples_have_the_grey_pixels_of_the_truth_in_every_column_of_masks():
             assert np.array_equal(grey[top:top + 136, left:left + 136], of_truth)
     # What is not grey is the mask of the model: the first image, in the middle of each pixel.
     image, truth, _ = dataset[0]
-    colors = color_mask(predict_mask(model, "clip", image, (64, 64), Protocol(64)), facts.palette)
+    mask = predict_mask(model, "clip", image, (64, 64), Protocol(64, 64))
+    colors = color_mask(mask, facts.palette)
     for y, x in (truth != IGNORE).nonzero()[::50].tolist():
         place = (296 + int((x + 0.5) * 136 / 64), 28 + int((y + 0.5) * 136 / 64))
         assert sheet.getpixel(place) == tuple(colors[:, y, x].tolist())
+
+
+def test_examples_are_those_in_which_the_masks_differ_most(monkeypatch):
+    """In the share of evaluated pixels, first of the columns against the last; of the first few
+    alone; equal shares stay in the order of the split."""
+    truth = torch.zeros(4, 5, dtype=torch.uint8)
+    truth[0] = IGNORE                                        # 15 of 20 pixels are evaluated
+    differing = [2, 0, 15, 2, 9, 15]                         # of these, in image 0, 1, ..
+    dataset = [(torch.full((3, 4, 5), i / 255), truth, str(i)) for i in range(6)]
+
+    def mask_of(model, stage, image, size, protocol):
+        mask = torch.zeros(4, 5, dtype=torch.uint8)
+        if model == "last":
+            i = round(255 * image[0, 0, 0].item())
+            mask.flatten()[5:5 + differing[i]] = 1
+            mask[0] = (i == 1)                               # not evaluated: does not count
+        if model == "middle":
+            mask += 1                                        # neither first nor last
+        return mask
+
+    shown = []
+
+    def no_grid(rows, titles, entries):
+        shown.append(([int(row[0][0, 0, 0]) for row in rows], titles))
+
+    monkeypatch.setattr(evaluation, "predict_mask", mask_of)
+    monkeypatch.setattr(evaluation, "draw_grid", no_grid)
+    first, last = ("first", "clip", None), ("last", "distill", 0.5)
+    columns = [first, ("middle", "rectify", None), last]
+    draw_examples(columns, dataset, DATA["shapes"], None, count=4)
+    draw_examples(columns, dataset, DATA["shapes"], None, count=2, among=4)
+    draw_examples([last], dataset, DATA["shapes"], None, count=3)
+    titles = ["image", "truth", "CLIP", "rectified", "distilled 50.0"]
+    assert shown[0] == ([2, 5, 4, 0], titles)
+    assert shown[1][0] == [2, 0]
+    assert shown[2][0] == [0, 1, 2]
 
 
 def test_grid_of_images():
@@ -386,28 +462,41 @@ def test_overlay():
 
 # --- The command line -----------------------------------------------------------------------------
 
-def test_command_line_writes_what_it_promises(make_voc, tiny_clip_file, tmp_path, capsys):
+@pytest.fixture
+def coarse_clip_file(make_clip, merges, tmp_path):
+    """A small CLIP with patches of 16 pixels: images of 512 pixels are not too much for it."""
+    clip = make_clip(context=77, patch=16)
+    path = tmp_path / "coarse.pt"
+    torch.save({"state_dict": clip.state_dict(), "merges": [list(m) for m in merges]}, path)
+    return path
+
+
+def test_command_line_writes_what_it_promises(make_voc, coarse_clip_file, tmp_path, capsys):
     """The numbers of the file against a recount from the model's own masks."""
     root = make_voc({"train": 2, "val": 3})
     out = tmp_path / "out"
     evaluation.main([
-        "--stage", "clip", "--data", "voc", "--root", str(root), "--clip", str(tiny_clip_file),
+        "--stage", "clip", "--data", "voc", "--root", str(root), "--clip", str(coarse_clip_file),
         "--out", str(out), "--device", "cpu",
     ])
     report = json.loads((out / "eval_clip.json").read_text())
     assert list(report) == ["miou", "pixel_accuracy", "confusion", "iou", "protocol"]
     assert list(report["protocol"]) == [
-        "data", "stage", "short_side", "window", "stride", "denoise", "background", "class_names",
-        "attention", "clip_sha256", "split", "pictures", "classes_present", "checkpoint_sha256",
+        "data", "stage", "recipe", "long_side", "short_side", "window", "stride", "denoise",
+        "background", "class_names", "attention", "prompts", "clip_sha256", "split", "pictures",
+        "classes_present", "checkpoint_sha256",
     ]
+    assert report["protocol"]["prompts"] == list(PROMPTS)
+    assert report["protocol"]["recipe"] == "cvpr2024"
+    assert (report["protocol"]["long_side"], report["protocol"]["short_side"]) == (2048, 512)
     assert report["protocol"]["pictures"] == 3
     assert report["protocol"]["denoise"] == 0.5
     assert report["protocol"]["stride"] == 0  # no windows
     assert report["protocol"]["checkpoint_sha256"] is None
 
     facts = DATA["voc"]
-    model = open_model("clip", None, facts, tiny_clip_file)
-    dataset = Evaluation(open_split("voc", root, "val"), facts.short_side)
+    model = open_model("clip", None, facts, coarse_clip_file, recipe="cvpr2024")
+    dataset = Evaluation(open_split("voc", root, "val"), 2048, 512)
     confusion = torch.zeros(20, 20, dtype=torch.int64)
     for i in range(3):
         image, truth, _ = dataset[i]
@@ -432,10 +521,11 @@ def test_a_checkpoint_is_known_by_what_was_learnt(tmp_path):
     changed = ReCLIP(model.clip, facts.classes, prompts=facts.prompts, prompt_length=2)
     changed.save(tmp_path / "rectify.pt")
 
-    dataset = Evaluation(open_split("shapes", None, "val"), 64)
+    dataset = Evaluation(open_split("shapes", None, "val"), 64, 64)
     few = torch.utils.data.Subset(dataset, [0])
     evaluation.evaluate_stage(
-        changed.eval(), "rectify", facts, "val", few, Protocol(64), tmp_path, [(changed, "clip")]
+        changed.eval(), "rectify", facts, "val", few, Protocol(64, 64), tmp_path,
+        [(changed, "clip", None)],
     )
     text = (tmp_path / "eval_rectify.json").read_text()
     report = json.loads(text)
@@ -443,6 +533,135 @@ def test_a_checkpoint_is_known_by_what_was_learnt(tmp_path):
     assert report["protocol"]["checkpoint_sha256"] == loaded.fingerprint()
     assert "NaN" not in text and None in report["iou"].values()
     assert report["protocol"]["stride"] == 0  # Protocol's own is 224, but there are no windows
+
+
+@pytest.fixture
+def checkpoint(coarse_clip_file, tmp_path):
+    """checkpoint(stage, recipe): a model of VOC's classes, saved as <tmp>/<stage>.pt. -> path"""
+    def make(stage, recipe):
+        torch.manual_seed(5)
+        W_q = F.normalize(torch.randn(20, 12), dim=1)
+        teacher = ReCLIP(
+            load_clip(coarse_clip_file), DATA["voc"].classes, W_q=W_q, prompt_length=4,
+            positional_gain=0.03, recipe=recipe,
+        )
+        path = tmp_path / f"{stage}.pt"
+        model = teacher
+        if stage == "distill":
+            W_q, W_r = teacher.heads()
+            model = DeepLabV2(teacher.class_names, W_q, W_r, student="tiny", recipe=recipe)
+        model.save(path)
+        return path
+    return make
+
+
+def forget_the_recipe(path):
+    """Makes a checkpoint what earlier versions wrote."""
+    content = torch.load(path, weights_only=True)
+    del content["settings"]["recipe"]
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("stage, recipe, sides, denoise", [
+    ("rectify", "cvpr2024", (2048, 512), 0.5),
+    ("rectify", "2025", (2048, 336), 0.5),
+    ("rectify", "earlier version", (2048, 336), 0.5),
+    ("distill", "cvpr2024", (2048, 512), 0.0),
+    ("distill", "2025", (2048, 512), 0.0),
+    ("distill", "earlier version", (2048, 512), 0.0),
+])
+def test_a_checkpoint_is_evaluated_under_its_own_recipe(
+    checkpoint, make_voc, tmp_path, capsys, stage, recipe, sides, denoise
+):
+    """At its sides, whatever --recipe's default; the JSON and the printed line name the recipe.
+    The numbers are those of masks that are made here at these sides."""
+    root = make_voc({"val": 1})                                         # 60 x 90 pixels
+    earlier = recipe == "earlier version"
+    recipe = "2025" if earlier else recipe
+    path = checkpoint(stage, recipe)
+    if earlier:
+        forget_the_recipe(path)
+    command = [
+        "--stage", stage, "--data", "voc", "--root", str(root), "--checkpoint", str(path),
+        "--out", str(tmp_path / "out"), "--device", "cpu",
+    ]
+    evaluation.main(command)
+    report = json.loads((tmp_path / f"out/eval_{stage}.json").read_text())
+    protocol = report["protocol"]
+    assert protocol["recipe"] == recipe
+    assert (protocol["long_side"], protocol["short_side"]) == sides
+    assert protocol["denoise"] == denoise
+    assert f"{stage}: voc val, recipe {recipe}, images within" in capsys.readouterr().out
+
+    split = open_split("voc", root, "val")
+    size = [sides[1], sides[1] * 90 // 60]
+    image = v2.functional.resize(split.image(0)[None], size, antialias=False).float() / 255
+    model = open_model(stage, path, DATA["voc"])
+    with torch.no_grad():
+        logits = model(image).rectified
+    mask = segment(
+        logits, model.output_stride, image.shape[2:], (60, 90), denoise, scale=model.scale
+    )
+    expected = confusion_matrix(mask, split.truth(0), 20)
+    assert expected.sum() > 4000 and report["confusion"] == expected.tolist()
+
+
+@pytest.mark.parametrize("stage", ["rectify", "distill"])
+@pytest.mark.parametrize("own, asked", [("cvpr2024", "2025"), ("2025", "cvpr2024")])
+def test_a_checkpoint_is_evaluated_under_no_other_recipe(
+    checkpoint, make_voc, tmp_path, stage, own, asked
+):
+    root = make_voc({"val": 1})
+    path = checkpoint(stage, own)
+    command = [
+        "--stage", stage, "--data", "voc", "--root", str(root), "--checkpoint", str(path),
+        "--out", str(tmp_path / "out"), "--device", "cpu", "--recipe",
+    ]
+    with pytest.raises(ValueError, match=f"{stage}.pt was learnt under the recipe {own}") as caught:
+        evaluation.main([*command, asked])
+    assert "\n" not in str(caught.value) and asked in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+    evaluation.main([*command, own])  # its own may be named
+    report = json.loads((tmp_path / f"out/eval_{stage}.json").read_text())
+    assert report["protocol"]["recipe"] == own
+
+
+def test_single_options_win_over_the_recipe(checkpoint, make_voc, tmp_path):
+    root = make_voc({"val": 1})
+    path = checkpoint("rectify", "cvpr2024")
+    evaluation.main([
+        "--data", "voc", "--root", str(root), "--checkpoint", str(path), "--device", "cpu",
+        "--out", str(tmp_path / "out"), "--long-side", "96", "--short-side", "128",
+        "--denoise", "0.25",
+    ])
+    protocol = json.loads((tmp_path / "out/eval_rectify.json").read_text())["protocol"]
+    assert (protocol["long_side"], protocol["short_side"]) == (96, 128)
+    assert (protocol["denoise"], protocol["recipe"]) == (0.25, "cvpr2024")
+
+
+@pytest.mark.parametrize("recipe", [None, "cvpr2024", "2025"])
+def test_plain_clip_is_evaluated_under_the_recipe_that_is_asked_for(
+    coarse_clip_file, make_voc, tmp_path, recipe
+):
+    """MaskCLIP's row belongs to a recipe too: its sides, and how CLIP reads patches."""
+    command = [
+        "--stage", "clip", "--data", "voc", "--root", str(make_voc({"val": 1})), "--clip",
+        str(coarse_clip_file), "--out", str(tmp_path / "out"), "--device", "cpu",
+    ]
+    if recipe:
+        command += ["--recipe", recipe]
+    evaluation.main(command)
+    protocol = json.loads((tmp_path / "out/eval_clip.json").read_text())["protocol"]
+    assert protocol["recipe"] == (recipe or "cvpr2024")
+    assert protocol["short_side"] == (336 if recipe == "2025" else 512)
+
+
+def test_plain_clip_on_other_images_runs_as_it_was_trained(tmp_path):
+    evaluation.main(["--stage", "clip", "--out", str(tmp_path), "--device", "cpu"])
+    protocol = json.loads((tmp_path / "eval_clip.json").read_text())["protocol"]
+    assert (protocol["recipe"], protocol["denoise"]) == ("2025", 0.0)
+    assert (protocol["long_side"], protocol["short_side"]) == (2048, 64)
 
 
 def test_errors_are_sentences(tmp_path):
@@ -464,6 +683,10 @@ def test_errors_are_sentences(tmp_path):
     (["--window", "64", "--stride", "72"], "stride is 72"),
     (["--window", "-8"], "window is -8"),
     (["--short-side", "-1"], "short_side is -1"),
+    (["--long-side", "0"], "long_side is 0"),
+    (["--recipe", "2025"], "a recipe goes with voc, context and ade20k alone, not with shapes"),
+    (["--images", ".", "--classes", "a, b", "--recipe", "cvpr2024"], "a recipe goes with voc"),
+    (["--teacher", "a.pt"], "--teacher goes with --stage distill"),
     (["--denoise", "1.5"], "denoise is 1.5"),
     (["--background-threshold", "0.5"], "--background-threshold goes with --images"),
     (["--background-threshold", "2"], "must lie in 0..1"),
@@ -489,19 +712,18 @@ def test_images_need_to_know_by_which_model():
 
 def test_windows_are_224_apart_or_less():
     for window, stride in (("64", 64), ("336", 224)):
-        _, _, protocol = parse_arguments(["--window", window])
-        assert protocol.stride == stride
+        _, _, changes = parse_arguments(["--window", window])
+        assert find_protocol(find_settings("shapes"), "rectify", **changes).stride == stride
 
 
 @pytest.mark.parametrize("separator", ["-", "_"])
 def test_hyphens_and_underscores_are_the_same(separator):
-    options = {"short-side": "32", "background-threshold": "0.25"}
+    options = {"long-side": "48", "short-side": "32", "background-threshold": "0.25"}
     command = ["--images", ".", "--checkpoint", "a/b.pt"]
     for name, value in options.items():
         command += ["--" + name.replace("-", separator), value]
-    _, _, protocol = parse_arguments(command)
-    assert protocol.short_side == 32
-    assert protocol.background_threshold == 0.25
+    _, _, changes = parse_arguments(command)
+    assert changes == {"long_side": 48, "short_side": 32, "background_threshold": 0.25}
 
 
 def test_windows_and_attention_reach_the_evaluation(tmp_path):

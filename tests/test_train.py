@@ -5,14 +5,26 @@ import dataclasses
 import json
 import shutil
 import signal
+from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import datasets
 import train
 from datasets import DATA
+from deeplab import DeepLabV2
 from reclip import ReCLIP
+from test_clip_model import encode_prompted_plain
+from test_reclip import (
+    IMAGENET,
+    READINGS,
+    noise_of,
+    plain_features,
+    plain_pixels,
+    plain_positional,
+)
 
 
 @pytest.fixture
@@ -87,13 +99,13 @@ def test_a_signal_behind_the_save_counts_for_the_next_step(tmp_path):
 
     class Stream(torch.utils.data.Dataset):
         def __getitem__(self, s):
-            return torch.tensor([s]), "any"
+            return torch.tensor([s]), torch.tensor([True]), "any"
 
     run = train.Run("rectify", tmp_path, {})
     run.begin({}, None, steps=9, images_per_step=1, images_per_epoch=9)
     saves = []
     with pytest.raises(KeyboardInterrupt):
-        for step, _, _ in run.batches(Stream(), 1):
+        for step, _, _, _ in run.batches(Stream(), 1):
             saves.append((step, run.end_step(step)))
             if step == 1:
                 signal.raise_signal(signal.SIGTERM)
@@ -157,7 +169,7 @@ def test_pseudo_labels_are_kept_by_name_and_made_anew_for_other_settings(command
     split = train.open_split("voc", tmp_path, "train")
     for thumbnail, name in train.Thumbnails(split, model.clip.input_resolution):
         similarity = model.image_similarity(thumbnail[None])[0]
-        expected = [c for c in range(20) if similarity[c] > 23] or sorted(
+        expected = [c for c in range(20) if similarity[c] >= 23] or sorted(
             similarity.topk(2).indices.tolist()
         )
         assert content["labels"][name] == expected
@@ -264,7 +276,7 @@ def test_a_teacher_in_training_mode_learns_nothing_from_the_student(command, tmp
 
 
 def test_the_threshold_reaches_the_labels(make_voc, tiny_clip_file, tmp_path):
-    """Each image holds exactly the classes whose similarity is above the threshold."""
+    """Each image holds exactly the classes whose similarity reaches the threshold."""
     split = train.open_split("voc", make_voc({"train": 4}), "train")
     facts, clip = DATA["voc"], train.load_clip(tiny_clip_file)
     model = train.new_reclip(clip, facts, train.SETTINGS["voc"], seed=0)
@@ -297,10 +309,20 @@ def test_every_setting_is_an_option():
             "mask",
         ]
     )
+    # The defaults are those of the recipe that the paper's checkpoints belong to.
     assert settings == dataclasses.replace(
-        train.SETTINGS["voc"], flip=False, positional_channels=1, tau=0.02, pool="mask"
+        datasets.find_settings("voc", "cvpr2024"),
+        flip=False,
+        positional_channels=1,
+        tau=0.02,
+        pool="mask",
     )
-    assert settings_of(["--stage", "rectify", "--data", "voc"]) == train.Settings()
+    voc = ["--stage", "rectify", "--data", "voc"]
+    assert settings_of(voc) == datasets.find_settings("voc", "cvpr2024")
+    assert settings_of([*voc, "--recipe", "2025"]) == datasets.find_settings("voc", "2025")
+    assert settings_of([*voc, "--recipe", "2025", "--crop", "48"]) == dataclasses.replace(
+        datasets.find_settings("voc", "2025"), crop=48
+    )
     hyphens = settings_of(
         ["--data", "voc", "--positional-channels", "1", "--no-positional-last-relu"]
     )
@@ -308,6 +330,288 @@ def test_every_setting_is_an_option():
         ["--data", "voc", "--positional_channels", "1", "--no-positional_last_relu"]
     )
     assert hyphens == underscores and hyphens.positional_channels == 1
+
+
+# -- the two recipes, and the image pipeline -------------------------------------------------------
+
+TINY = ["--student", "tiny", "--backbone-weights", "none", "--distill-crop", "32"]
+
+
+def test_a_run_is_not_resumed_under_another_recipe(command, tmp_path):
+    train.main(command("run", "--epochs", "1"))
+    assert ReCLIP.load(tmp_path / "run" / "rectify.pt").recipe == "cvpr2024"
+    with pytest.raises(ValueError, match=r"recipe was 'cvpr2024', now '2025'") as caught:
+        train.main(command("run", "--epochs", "1", "--recipe", "2025", "--resume"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("own, other", [("cvpr2024", "2025"), ("2025", "cvpr2024")])
+def test_a_student_has_the_recipe_of_its_teacher(command, tmp_path, own, other):
+    """Whatever --recipe's default; naming another one is refused in a sentence."""
+    train.main(command("run", "--epochs", "1", "--recipe", own))
+    arguments = ["--stage", "distill", *command("run", "--epochs", "1", *TINY)[2:]]
+    train.main(arguments)
+    assert DeepLabV2.load(tmp_path / "run" / "distill.pt").recipe == own
+    assert ReCLIP.load(tmp_path / "run" / "rectify.pt").recipe == own
+
+    with pytest.raises(ValueError, match=f"rectify.pt was learnt under the recipe {own}") as caught:
+        train.main([*arguments, "--recipe", other])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage, options, expected", [
+    ("rectify", [], dict(long_side=2048, short_side=512)),
+    ("rectify", ["--recipe", "2025"], dict(long_side=2048, short_side=336)),
+    ("rectify", ["--rectify-long-side", "99", "--rectify_short_side", "88", "--resize-from", "1"],
+     dict(long_side=99, short_side=88, ratio=(1.0, 2.0))),
+    ("distill", [], dict(long_side=2048, short_side=512)),
+    ("distill", ["--distill-long-side", "99", "--distill_short_side", "88", "--no-flip"],
+     dict(long_side=99, short_side=88, flip=False)),
+])
+def test_settings_reach_the_images(command, tmp_path, monkeypatch, stage, options, expected):
+    """Sizes and ratio of each stage; and a benchmark's images are resized without antialiasing."""
+    if stage == "distill":
+        train.main(command("run", "--epochs", "1"))
+    given = []
+
+    def recorded(**arguments):
+        given.append(arguments)
+        return datasets.Augment(**arguments)
+
+    monkeypatch.setattr(train, "Augment", recorded)
+    train.main(["--stage", stage, *command("run", "--epochs", "1", *TINY, *options)[2:]])
+    defaults = dict(crop=32, ratio=(0.5, 2.0), flip=True, photometric=True, antialias=False)
+    assert given == [defaults | expected]
+
+
+class OneImage:
+    """A split of one small image, 10 x 14 pixels, again and again."""
+
+    antialias = True
+
+    def __init__(self, count=1, white=False):
+        generator = torch.Generator().manual_seed(4)
+        self.pixels = torch.randint(0, 256, (3, 10, 14), dtype=torch.uint8, generator=generator)
+        if white:
+            self.pixels.fill_(255)
+        self.names = [str(i) for i in range(count)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def image(self, i):
+        return self.pixels
+
+
+def padded_settings(**changes):
+    """The image keeps its 10 x 14 pixels in a crop of 24; nothing but the noise is random."""
+    fixed = dict(
+        crop=24,
+        distill_crop=24,
+        rectify_long_side=14,
+        rectify_short_side=10,
+        distill_long_side=14,
+        distill_short_side=10,
+        resize_from=1.0,
+        resize_to=1.0,
+        flip=False,
+        photometric=False,
+        weight_decay=0.0,
+        rectify_epochs=1,
+        distill_epochs=1,
+        distill_batch=1,
+    )
+    return dataclasses.replace(datasets.find_settings("voc"), **(fixed | changes))
+
+
+def padded_model(clip, recipe, **changes):
+    """A ReCLIP on the small CLIP whose masks are not settled."""
+    torch.manual_seed(1)
+    W_q = F.normalize(torch.randn(4, 12), dim=1)
+    arguments = dict(prompt_length=6, tau_1=0.3, tau=0.2, positional_gain=0.2, recipe=recipe)
+    return ReCLIP(clip, ["cat", "dog", "grass", "tree"], W_q=W_q, **(arguments | changes))
+
+
+def logged_loss(folder, stage):
+    (row,) = csv.DictReader((folder / f"{stage}_log.csv").open())
+    return float(row["loss"])
+
+
+def padded_pixels(split, mean, std):
+    """The image in the upper left corner of 24 x 24 pixels, normalized; the rest is 0."""
+    pixels = torch.zeros(3, 24, 24, dtype=torch.float64)
+    pixels[:, :10, :14] = plain_pixels(split.pixels.double() / 255, mean, std)
+    return pixels
+
+
+@pytest.mark.parametrize("recipe", READINGS)
+def test_a_step_of_rectification_on_a_padded_image(clip, tmp_path, recipe):
+    """Loss and gradient by Eq. (1)-(5) written out: all 6 x 6 patches take part in Eq. (4)-(5),
+    though the image is on 3 x 4 of them alone (as released)."""
+    model, split = padded_model(clip, recipe), OneImage()
+    vectors = model.reference.vectors.detach().double().requires_grad_()
+    net = {key: value.double() for key, value in model.positional.state_dict().items()}
+    labels = torch.tensor([True, False, True, True])
+    run = train.Run("rectify", tmp_path, {})
+    settings = padded_settings()
+    train.train_rectification(model, split, {"0": labels}, settings, run)
+    learnt_vectors = model.reference.vectors.detach().double()
+
+    model.double()
+    gelu, mean, std = READINGS[recipe]
+    Z = plain_features(model.clip.state_dict(), padded_pixels(split, mean, std), gelu)  # (D, 6, 6)
+    W_r = encode_prompted_plain(model.clip, vectors, model.reference.endings)
+    W_r = W_r / W_r.norm()
+    p = model.clip.visual.positional_grid(6, 6)[0]
+    M_p = 0.2 * plain_positional(net, p, training=True, last_relu=True)
+    M = torch.einsum("dhw,cd->chw", Z, model.W_q) - torch.einsum("dhw,cd->chw", Z, W_r) - M_p
+
+    # The noise of step 0 of seed 0, as the class Run seeds it.
+    noise = noise_of(7_368_787, torch.empty(1, 4, 6, 6))[0].double()
+    soft = (M / 0.3 + noise).softmax(0)
+    best = soft.argmax(0)                                                       # (6, 6)
+    hard = torch.stack([(best == c).double() for c in range(4)])
+    masks = hard + soft - soft.detach()
+
+    def loss_over(masks, Z, patches):
+        loss = 0
+        for c in (0, 2, 3):
+            S = (masks[c] * Z).flatten(1).sum(1) / patches @ model.W_q.T        # (C,)
+            loss = loss - (S / 0.2).log_softmax(0)[c] / 3
+        return loss
+
+    loss = loss_over(masks, Z, 36)
+    assert logged_loss(tmp_path, "rectify") == pytest.approx(loss.item(), abs=2e-5)
+    # It would be another number over the patches of the image alone.
+    only = loss_over(masks[:, :3, :4], Z[:, :3, :4], 12)
+    assert abs(only.item() - loss.item()) > 1e-2
+
+    loss.backward()
+    assert vectors.grad.abs().max() > 1e-6
+    expected = vectors.detach() - settings.lr * vectors.grad                    # one step of SGD
+    moved = (learnt_vectors - vectors.detach()).norm()
+    assert (learnt_vectors - expected).norm() < 0.02 * moved
+
+
+@pytest.mark.parametrize("recipe", READINGS)
+def test_a_step_of_distillation_on_padded_images(clip, tmp_path, recipe):
+    """Eq. (6)-(8) on whole arrays. Teacher and student each see the image in their own
+    normalization, the teacher in that of its recipe; padding is 0 for both, carries no
+    pseudo-label and no features; in Eq. (4)-(5) all patches of the student take part."""
+    teacher, split = padded_model(clip, recipe), OneImage()
+    settings = padded_settings(student="tiny", backbone_weights="none", mask_tau=0.1)
+    student = train.new_student(teacher, settings, seed=2)
+    copy = deepcopy(student).double().train()
+    labels = torch.tensor([True, False, True, True])
+    run = train.Run("distill", tmp_path, {})
+    train.train_distillation(teacher, student, split, {"0": labels}, settings, run)
+
+    # The teacher: M and Z, enlarged from 6 x 6 patches of 4 pixels.
+    teacher.double().eval()
+    gelu, mean, std = READINGS[recipe]
+    Z = plain_features(teacher.clip.state_dict(), padded_pixels(split, mean, std), gelu)[None]
+    M = teacher.rectify(Z).rectified
+
+    def enlarged(grid):
+        return F.interpolate(grid, scale_factor=4, mode="bilinear", align_corners=False)
+
+    pseudo_labels = enlarged(M).argmax(1)                                       # (1, 24, 24)
+
+    # The student, on ImageNet's constants whatever the recipe.
+    x = copy.backbone(padded_pixels(split, *IMAGENET)[None])
+    own_Z = F.normalize(copy.aspp(x), dim=1)                                    # (1, D, 6, 6)
+    own_M = torch.einsum("bdhw,cd->bchw", own_Z, copy.W_q - copy.W_r)
+
+    log_p = (enlarged(own_M) / 0.1).log_softmax(1)
+    right = log_p.gather(1, pseudo_labels[:, None])[0, 0]                       # (24, 24)
+    mask_loss = -right[:10, :14].mean()
+    difference = (enlarged(Z) - enlarged(own_Z)).abs().sum(1)[0]                # (24, 24)
+    feature_loss = difference[:10, :14].mean()
+
+    noise = noise_of(7_368_787, torch.empty(1, 4, 6, 6))[0].double()
+    best = (own_M[0] / 0.3 + noise).argmax(0)
+    text_loss = 0
+    for c in (0, 2, 3):
+        S = own_Z[0][:, best == c].sum(1) / 36 @ teacher.W_q.T
+        text_loss = text_loss - (S / 0.2).log_softmax(0)[c] / 3
+
+    expected = (mask_loss + 0.5 * feature_loss + 0.5 * text_loss).item()
+    assert logged_loss(tmp_path, "distill") == pytest.approx(expected, rel=2e-5)
+    # With the padding it would be another number.
+    assert abs(right.mean() + mask_loss) > 1e-3 < abs(difference.mean() - feature_loss)
+
+
+@pytest.mark.parametrize("recipe", READINGS)
+def test_what_enters_the_networks_in_distillation(clip, tmp_path, recipe):
+    """A white image: (1 - mean) / std of the teacher's recipe, and of ImageNet for the student."""
+    teacher = padded_model(clip, recipe)
+    settings = padded_settings(student="tiny", backbone_weights="none")
+    student = train.new_student(teacher, settings, seed=2)
+    assert student.recipe == teacher.recipe == recipe
+    seen = []
+    for part in (teacher.dense_visual.conv1, student.backbone[0]):
+        part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    labels = {"0": torch.ones(4, dtype=torch.bool)}
+    run = train.Run("distill", tmp_path, {})
+    train.train_distillation(teacher, student, OneImage(white=True), labels, settings, run)
+
+    for pixels, (mean, std) in zip(seen, (READINGS[recipe][1:], IMAGENET), strict=True):
+        expected = torch.zeros(1, 3, 24, 24)
+        for color in range(3):
+            expected[:, color, :10, :14] = (1 - mean[color]) / std[color]
+        torch.testing.assert_close(pixels, expected)
+        assert ((pixels == 0) == (expected == 0)).all()
+
+
+def test_contexts_distillation_sees_images_smaller_than_its_crop(make_clip, tmp_path, monkeypatch):
+    """Their short side is 0.5 to 2 times 520 pixels at most, the crop 480 (as released). What is
+    padded has the pseudo-label IGNORE and is no place of Eq. (7); all else has a class."""
+    clip = make_clip(patch=16)  # 30 x 30 patches
+    teacher = padded_model(clip, "cvpr2024")
+    settings = dataclasses.replace(
+        datasets.find_settings("context"),
+        student="tiny",
+        backbone_weights="none",
+        photometric=False,
+        distill_batch=2,
+        distill_epochs=1,
+    )
+    pseudo_labels, valid, images = [], [], []
+    mask_loss, feature_loss = train.mask_guided_loss, train.feature_guided_loss
+
+    def recorded_mask_loss(logits, labels, *more):
+        pseudo_labels.extend(labels)
+        return mask_loss(logits, labels, *more)
+
+    def recorded_feature_loss(Z, Z_student, where, *more):
+        valid.extend(where)
+        return feature_loss(Z, Z_student, where, *more)
+
+    monkeypatch.setattr(train, "mask_guided_loss", recorded_mask_loss)
+    monkeypatch.setattr(train, "feature_guided_loss", recorded_feature_loss)
+    student = train.new_student(teacher, settings, seed=2)
+    student.register_forward_pre_hook(lambda module, inputs: images.extend(inputs[0].clone()))
+    split = OneImage(count=6, white=True)
+    labels = {name: torch.ones(4, dtype=torch.bool) for name in split.names}
+    train.train_distillation(
+        teacher, student, split, labels, settings, train.Run("distill", tmp_path, {})
+    )
+
+    assert len(images) == len(pseudo_labels) == len(valid) == 6
+    heights = []
+    for image, pseudo, where in zip(images, pseudo_labels, valid, strict=True):
+        assert image.shape == (3, 480, 480)
+        inside = image[0] == 1
+        height, width = int(inside[:, 0].sum()), int(inside[0].sum())
+        assert inside[:height, :width].all() and inside.sum() == height * width
+        # 10 x 14 pixels: r * 520 wide, 10 / 14 of that high, as far as it fits into the crop
+        assert height >= 185 and (width == 480 or abs(height / width - 10 / 14) < 0.005)
+        assert width < 480 or height >= 342
+        assert torch.equal(where, inside)
+        assert torch.equal(pseudo == datasets.IGNORE, ~inside)
+        assert pseudo[inside].max() < 4
+        heights.append(height)
+    assert min(heights) < 480 and len(set(heights)) > 2
 
 
 def test_help_shows_defaults_and_sources(capsys):
@@ -318,7 +622,7 @@ def test_help_shows_defaults_and_sources(capsys):
         assert f"--{field.name}" in text
     assert (
         "learning rate of SGD (Sec. 4.1) [voc 0.01, context 0.01, ade20k 0.01, own 0.01, "
-        "shapes 0.2]"
+        "shapes 2]"
         in text
     )
 
@@ -388,6 +692,11 @@ def test_distillation_refuses_a_teacher_of_other_classes(command, tmp_path):
         (["--rectify_batch", "0"], "rectify_batch is 0"),
         (["--epochs", "-1"], "rectify_epochs is -1"),
         (["--split", "nonsense"], "--split nonsense"),
+        (["--recipe", "2025"], "a recipe goes with voc, context and ade20k alone, not with shapes"),
+        (
+            ["--stage", "rectify", "--data", ".", "--classes", "a, b", "--recipe", "cvpr2024"],
+            "a recipe goes with voc, context and ade20k alone",
+        ),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--stage", "pretrain"], "python tests/pretrain.py"),
         (["--stage", "paper"], "python tests/paper.py"),

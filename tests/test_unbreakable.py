@@ -589,7 +589,7 @@ def test_pictures_that_claim_to_be_huge(tmp_path, capsys):
         lambda: Files([bomb], [bomb], range(1, 21)).image(0), "bomb.png is not a readable image"
     )
     one_sentence(
-        lambda: Evaluation(Files([good], [bomb], range(1, 21)), 8)[0],
+        lambda: Evaluation(Files([good], [bomb], range(1, 21)), 8, 8)[0],
         "bomb.png is not a readable annotation",
     )
     assert Folder(tmp_path).names == ["good.png"]
