@@ -681,9 +681,9 @@ def make_parser():
         help="drop classes whose best probability is below; 0: off (default: as released)")
     add("--long-side", "--long_side", type=int,
         help="images are resized to the largest size within --long-side x --short-side, pixels "
-        "(default: as in the checkpoint's training)")
+        "(default: as the data set's recipe trains; --images without --data: 2048)")
     add("--short-side", "--short_side", type=int,
-        help="pixels; 0: images keep their size (default: as in the checkpoint's training)")
+        help="pixels; 0: images keep their size (default: likewise; --images without --data: 336)")
     add("--window", type=int,
         help="slide a window of this side over the image, pixels; 0: whole images")
     add("--stride", type=int,
