@@ -1275,7 +1275,7 @@ def tour():
     M_b = bias_logits(logits.reference, logits.positional)
     masks = gumbel_softmax_masks(logits.rectified, model.tau_1)
     similarity = model.image_similarity(whole)
-    labels = image_level_labels(similarity, threshold=50, top_k=1)
+    labels = image_level_labels(similarity, settings.threshold, settings.top_k)
     guessed = [name for name, found in zip(facts.classes, labels[0]) if found]
     pooled = masked_features(logits.features, masks)
     S = torch.einsum("bcd,jd->bcj", pooled, model.W_q)

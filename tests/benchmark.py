@@ -10,6 +10,7 @@ What is measured
                     ViT-B/16. "Plain" computes what the released code computes: loss and gradients
                     are the same. Besides, the FLOP/s of our step and of our image encoder, as a
                     share of a large matrix product's
+    sequel          one training step of ReCLIP++ beside ReCLIP's, at VOC's size
     evaluation      image file -> mask at the size of the truth, at VOC's size
     data            image file -> augmented crop
     distillation    one training step of ResNet-101 on 512 x 512: 2 images on a CPU, 16 on a GPU
@@ -61,6 +62,7 @@ from eval import find_protocol, predict_mask  # noqa: E402
 from pretrain import learn_merges  # noqa: E402  (of this folder)
 from reclip import (  # noqa: E402
     ReCLIP,
+    ReCLIPPlusPlus,
     bias_logits,
     contrastive_loss,
     distillation_loss,
@@ -104,8 +106,9 @@ TINY = {  # those of shapes
 }
 
 
-def build_model(names, quick, device):
-    """A ReCLIP in training, the same weights at every call: ViT-B/16's sizes; quick: tiny ones.
+def build_model(names, quick, device, method=ReCLIP):
+    """A ReCLIP or its sequel in training, the same weights at every call: ViT-B/16's sizes; quick:
+    tiny ones.
 
     Its vocabulary is made of the class names' own words, each of them one token, as nearly all
     are in OpenAI's. So nothing needs to be downloaded, and texts are as long as in earnest.
@@ -120,7 +123,7 @@ def build_model(names, quick, device):
 
     # At random, for 85 prompts of each class would take minutes.
     W_q = torch.randn(len(names), clip.text_projection.shape[1], device=device)     # (C, D)
-    return ReCLIP(clip, names, W_q=F.normalize(W_q, dim=-1), tau=0.01).train()
+    return method(clip, names, W_q=F.normalize(W_q, dim=-1), tau=0.01).train()
 
 
 # --- One step of rectification, ours --------------------------------------------------------------
@@ -433,6 +436,38 @@ def rectification(data, quick, device, repeat):
     }
 
 
+def sequel(quick, device, repeat):
+    """One training step of either method on one image of VOC's size: {name: seconds}."""
+    names = DATA["voc"].classes
+    crop = 64 if quick else SIZES["voc"][0]
+    images = torch.rand(1, 3, crop, crop, device=device)
+    labels = torch.arange(len(names), device=device)[None] < 2          # (1, C)
+
+    models = {}
+    optimizers = {}
+    for name, method in (("ReCLIP", ReCLIP), ("ReCLIP++", ReCLIPPlusPlus)):
+        models[name] = build_model(names, quick, device, method)
+        learnt = [p for p in models[name].parameters() if p.requires_grad]
+        optimizers[name] = torch.optim.SGD(learnt, 0.01, 0.9, weight_decay=5e-4)
+
+    def step(name):
+        model = models[name]
+        Z = model.features(images)
+        masks = gumbel_softmax_masks(model.rectify(Z).rectified, model.tau_1)
+        loss = contrastive_loss(masked_features(Z, masks), model.W_q, labels, model.tau)
+        optimizers[name].zero_grad()
+        loss.backward()
+        optimizers[name].step()
+
+    times = defaultdict(list)
+    for round_ in range(repeat + 1):
+        for name in models:
+            seconds = seconds_of(step, name)
+            if round_ > 0:  # the first does not count
+                times[name].append(seconds)
+    return {name: minimum_and_median(values) for name, values in times.items()}
+
+
 def files(quick, device, repeat, count=4):
     """Evaluation and the data pipeline, on smooth JPEGs of 500 x 375: seconds per image."""
     facts = DATA["voc"]
@@ -587,6 +622,12 @@ def main(argv=None):
     for data in ["voc"] if args.quick else SIZES:
         report["rectification"][data] = rectification(data, *how)
         print_rectification(data, report["rectification"][data])
+
+    report["sequel"] = sequel(*how)
+    times = {name: report["sequel"][name]["min"] for name in ("ReCLIP", "ReCLIP++")}
+    print(f"step of ReCLIP {1e3 * times['ReCLIP']:.0f} ms, of ReCLIP++ "
+          f"{1e3 * times['ReCLIP++']:.0f} ms: "
+          f"{times['ReCLIP++'] / times['ReCLIP']:.2f} times as long")
 
     report |= files(*how)
     for name in ("evaluation", "data"):

@@ -32,6 +32,7 @@ def test_quick_run(tmp_path, monkeypatch):
     assert {*voc["share_of_matmul"]} == {*benchmark.SHARES}
     assert all(report[name]["min"] > 0 for name in ("evaluation", "data"))
     assert report["distillation"]["seconds"]["min"] > 0
+    assert all(report["sequel"][name]["min"] > 0 for name in ("ReCLIP", "ReCLIP++"))
 
 
 def test_texts_are_as_long_as_in_openais_vocabulary():
