@@ -607,10 +607,11 @@ class VisionTransformer(nn.Module):
 def second_reading(visual, exact_gelu=False, class_token=None, eps=None):
     """The same image tower once more, to be run in another way; its weights are not copied.
 
-    The authors of ReCLIP read patches with another activation than CLIP was trained with, and in
-    their published files also with a class token of its own. Whole images are still encoded as
-    usual. So the tower exists twice on the same parameters, and each of the two is an ordinary
-    VisionTransformer: nothing in the forward pass has to ask which of them is meant.
+    To read patches, the authors of ReCLIP gave the tower another activation than CLIP was trained
+    with (their code of 2024), and in their published files also a class token and a layer norm eps
+    of their own. Whole images are still encoded as usual. So the tower exists twice on the same
+    parameters, and each of the two is an ordinary VisionTransformer: nothing in the forward pass
+    has to ask which of them is meant.
 
     Args:
         visual: a CLIP's .visual; it stays as it is.

@@ -267,7 +267,7 @@ def option(default, help):
 
 @dataclass(frozen=True)
 class Settings:
-    """Every hyper-parameter of training, with unit and source. The defaults are VOC's.
+    """Every hyper-parameter, with unit and source. The defaults are VOC's under the recipe 2025.
 
     train.py turns each field into an option of its command line, and keeps them all with a run, so
     that a run is not resumed under other settings.
@@ -455,8 +455,8 @@ SETTINGS = {
 }
 
 
-# What ReCLIP++ changes in the recipe 2025. label_window is a sixth of the crop (released);
-# denoising is on softmax(10 M^).
+# What ReCLIP++ changes in the recipe 2025, beside tau_1, which is 0.01 (see find_settings).
+# label_window is a sixth of the crop (released); denoising is on softmax(10 M').
 PLUSPLUS = {
     "voc": {"label_window": 56, "denoise": 1.0},
     "context": {"label_window": 80, "denoise": 0.85},
@@ -891,11 +891,12 @@ def distort_colors(image):
 
 
 class Augment:
-    """The training transform: uint8 (3, H, W) -> image float (3, crop, crop) in [0, 1], and where.
+    """The training transform: uint8 (3, H, W) -> (image, valid).
 
-    The second is a mask, bool (crop, crop), True where the image is. An image that is smaller than
-    the crop is padded on the right and below. A network sets what is not valid to 0 after its own
-    normalization, so that padding has the mean color, whatever that is for it.
+    image: float (3, crop, crop) in [0, 1].
+    valid: bool (crop, crop), False on the padding, which is on the right and below where the image
+        is smaller than the crop. A network sets it to 0 after its own normalization, so that
+        padding has the mean color, whatever that is for it.
 
     "Random cropping and random flipping" (Sec. 4.1), with the released sizes and, as released,
     photometric distortion. The released code draws a crop again in which one class covers more than

@@ -23,10 +23,10 @@ Copied elsewhere, confusion_matrix and scores need no more than torch and IGNORE
         confusion += confusion_matrix(mask, truth, num_classes=20)
     print(scores(confusion)["miou"])
 
-The mask of one image, uint8 (3, H0, W0), from a checkpoint:
+From an image, uint8 (3, H0, W0), to its mask (H0, W0), with a checkpoint of the default recipe:
     model = ReCLIP.load("runs/voc/rectify.pt")
     seen = to_dtype(resize_within(image, 2048, 512), torch.float32, scale=True)  # in [0, 1]
-    mask = predict_mask(model, "rectify", seen, image.shape[1:], Protocol(2048, 512))
+    mask = predict_mask(model, "rectify", seen, image.shape[1:], Protocol(2048, 512, denoise=0.5))
 """
 
 import argparse
@@ -136,8 +136,9 @@ def scores(confusion):
 @dataclass(frozen=True)
 class Protocol:
     """How an image becomes a mask. Each field moves mIoU: compare numbers of one protocol only."""
-    long_side: int                     # pixels; an image is resized to the largest size within
-    short_side: int                    # these two (datasets.resize_within); short_side 0: as it is
+    # An image is resized to the largest size within these two; short_side 0: not at all.
+    long_side: int                     # pixels
+    short_side: int                    # pixels
     window: int = 0                    # side of a sliding window, pixels; 0: the whole image
     stride: int = 224                  # from one window to the next, pixels
     denoise: float = 0.0               # threshold of reclip.strong_classes, a probability; 0: off
@@ -678,12 +679,14 @@ def make_parser():
     add("--workers", type=int,
         help="processes that decode images (default: 4 beside a GPU, else 0)")
     add("--denoise", type=float,
-        help="drop classes whose best probability is below; 0: off (default: as released)")
+        help="drop classes whose best probability is below; 0: off (default: as released; off on "
+        "shapes and your own images)")
     add("--long-side", "--long_side", type=int,
         help="images are resized to the largest size within --long-side x --short-side, pixels "
-        "(default: as the data set's recipe trains; --images without --data: 2048)")
+        "(default: as the data set's recipe trains; without --data: 2048)")
     add("--short-side", "--short_side", type=int,
-        help="pixels; 0: images keep their size (default: likewise; --images without --data: 336)")
+        help="pixels; 0: images keep their size (default: likewise; without --data: 336, of a "
+        "student 512)")
     add("--window", type=int,
         help="slide a window of this side over the image, pixels; 0: whole images")
     add("--stride", type=int,
@@ -752,7 +755,8 @@ def parse_arguments(argv=None):
 
 
 def find_facts(data, images, classes):
-    """DataFacts of the data set, or of your own images: classes (): a checkpoint will name them.
+    """DataFacts of the data set, or of your own images; its classes are () where a checkpoint will
+    name them.
 
     data, images, classes: as --data, --images and --classes give them.
     """
@@ -772,11 +776,19 @@ def find_facts(data, images, classes):
     return own_facts(data, ())
 
 
+def settings_of(model, stage, data):
+    """The Settings of a data set under the recipe and the method that a model was learnt with."""
+    method = "reclip" if stage == "distill" else model.method
+    recipe = None
+    if (model.recipe, data) in RECIPE_SIZES:
+        recipe = model.recipe
+    return find_settings(data, recipe, method)
+
+
 def find_protocol(settings, stage, **changes):
     """The Protocol of a stage, with some fields changed.
 
-    As released, a model is evaluated at the sides that it was trained at, and the student without
-    denoising.
+    As released, the sides are those that the recipe trains at, and the student has no denoising.
     settings: datasets.Settings, those of the data set under the model's recipe.
     """
     fields = {
@@ -810,10 +822,10 @@ def main(argv=None):
     path = args.checkpoint or args.out / f"{args.stage}.pt"
     teacher_path = args.teacher or args.out / "rectify.pt"
     attention = args.attention or "maskclip"
-    settings = find_settings(args.data, args.recipe)
+    # Plain CLIP has no checkpoint that knows its recipe: the data set's default does.
     recipe = args.recipe
     if args.stage == "clip":
-        recipe = settings.recipe
+        recipe = find_settings(args.data, args.recipe).recipe
     W_q_path = args.out / "W_q.pt"
     teacher = None
     if args.stage == "distill" and (args.teacher or teacher_path.is_file()):
@@ -824,10 +836,7 @@ def main(argv=None):
         args.stage, path, facts, args.clip, args.device, attention, recipe, teacher, W_q_path
     )
 
-    # A checkpoint is evaluated under its own recipe and method.
-    recipe = model.recipe if (model.recipe, args.data) in RECIPE_SIZES else None
-    method = "reclip" if args.stage == "distill" else model.method
-    settings = find_settings(args.data, recipe, method)
+    settings = settings_of(model, args.stage, args.data)
     protocol = find_protocol(settings, args.stage, **protocol_changes)
 
     if args.images:

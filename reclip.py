@@ -95,13 +95,13 @@ class Recipe(NamedTuple):
     mean: tuple       # of the images, red, green, blue in [0, 1]
     std: tuple
 
-# The authors' code exists in two states. These two rows are all in which they differ whatever the
-# data set; what depends on the data set (sizes, epochs) is RECIPE_SIZES in datasets.py.
+# The authors' code exists in two states. On every data set they differ in the two things below;
+# sizes and epochs, which depend on the data set, are RECIPE_SIZES in datasets.py.
 #
-# That the first made the paper's numbers is inferred: it is what was published together with the
-# paper's checkpoints. It runs CLIP otherwise than CLIP was trained. The second runs it as it was
-# trained; so are images of your own and shapes. Texts and whole images (the pseudo-labels) are
-# encoded as CLIP was trained in both.
+# cvpr2024 was published together with the paper's checkpoints, so we infer that it made the paper's
+# numbers. For patches it runs CLIP's image tower with another activation and normalization than
+# CLIP was trained with. 2025 runs it as it was trained, and so do we on shapes and on images of
+# your own. In both, texts and whole images (the pseudo-labels) are encoded as CLIP was trained.
 RECIPES = {
     "cvpr2024": Recipe(True, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
     "2025": Recipe(False, MEAN, STD),                                        # CLIP's
@@ -189,8 +189,8 @@ class ReferencePrompt(nn.Module):
     of it. W_r is not a free C x D matrix but comes from texts: so it stays among the directions
     that CLIP's text encoder can make, and the L shared vectors are all that is learnt.
 
-    class_names: the Reference reads the first synonym only, the Query all of them. A bias needs one
-        text per class, and the vectors adapt to the name that they stand before.
+    class_names: the Reference reads the first synonym only, the Query all of them. For a bias one
+        text per class is enough, since the vectors before it are learnt.
     length: L. Sec. 3.2 has 73 = 77 - 2 (start and end) - 2 (name), whatever the name; the released
         code cuts longer names off. We shorten the prompt instead, so that the longest name fits.
     cut_names: True cuts as the released code does; for the files that it wrote.
@@ -396,7 +396,7 @@ class Logits(NamedTuple):
     features: torch.Tensor    # Z   (B, D, h, w), each patch of length 1
 
 
-# What these keys begin with is CLIP's, and in no checkpoint of ours.
+# State-dict keys with these prefixes are CLIP's weights; our checkpoints leave them out.
 FROZEN = ("clip.", "dense_visual.")
 
 
@@ -423,7 +423,8 @@ class ReCLIP(nn.Module):
         and M_r differ only in scale at first. Eq. (5) still compares with CLIP's own W_q (ours): a
         loss that could move its own targets would have a trivial minimum.
     subtract: Table 5: False adds the bias.
-    recipe: a key of RECIPES, how CLIP is run for patches.
+    recipe: a key of RECIPES, how CLIP is run for patches: "2025" as it was trained; "cvpr2024",
+        with which the paper's numbers were probably made, is train.py's default on the benchmarks.
     cut_names, reference_norm, positional_last_relu, positional_gain, tau_1, pool: see the functions
         above.
 
@@ -486,8 +487,8 @@ class ReCLIP(nn.Module):
         }
         self.clip = clip.requires_grad_(False).eval()
         self.recipe = recipe
-        self.released = None  # from_released: in what else the published file runs CLIP otherwise
-        self.read_patches_with()
+        self.released = None  # class token and eps of a published file (from_released)
+        self.make_dense_visual()
         self.class_names = tuple(class_names)
         self.subtract = subtract
         self.attention = attention
@@ -539,10 +540,12 @@ class ReCLIP(nn.Module):
 
     # -- from an image to its logits ---------------------------------------------------------------
 
-    def read_patches_with(self, class_token=None, eps=None):
-        """Sets up the reading of CLIP's image tower that the recipe asks for (second_reading).
+    def make_dense_visual(self, class_token=None, eps=None):
+        """Makes dense_visual: CLIP's image tower on the same weights, with the recipe's activation.
 
-        Whole images are encoded by CLIP's own tower, so the pseudo-labels do not depend on it.
+        class_token, eps: of a published file (see second_reading); None: CLIP's.
+        Only the features of patches use it. Whole images go through CLIP's own tower, so the
+        pseudo-labels do not depend on the recipe.
         """
         exact_gelu = RECIPES[self.recipe].exact_gelu
         self.dense_visual = second_reading(self.clip.visual, exact_gelu, class_token, eps)
@@ -625,7 +628,7 @@ class ReCLIP(nn.Module):
     # -- what was learnt, alone --------------------------------------------------------------------
 
     def learnable_modules(self):
-        """{name: module} of the parts that learn: (in Table 3 query,) reference, positional."""
+        """{name: module} of the parts that learn, all but CLIP: such as reference, positional."""
         frozen = ("clip", "dense_visual")
         return {name: part for name, part in self.named_children() if name not in frozen}
 
@@ -710,7 +713,7 @@ class ReCLIP(nn.Module):
             model = of_method(clip, class_names, W_q=W_q, **settings)
             if released is not None:
                 model.released = released
-                model.read_patches_with(**released)
+                model.make_dense_visual(**released)
             state = model.state_dict()
             frozen = {key: state[key] for key in state if key.startswith(FROZEN)}
             model.load_state_dict(learnt | frozen, strict=True)
@@ -755,7 +758,7 @@ class ReCLIP(nn.Module):
             model.positional.net.load_state_dict(fold_biases(state))
             class_token = state["vit.cls_token"].float().reshape(clip.visual.class_embedding.shape)
             model.released = {"class_token": class_token, "eps": 1e-6}
-            model.read_patches_with(**model.released)
+            model.make_dense_visual(**model.released)
         return model.to(device).eval()
 
 
@@ -976,7 +979,7 @@ def distillation_loss(mask_loss, feature_loss, text_loss, alpha=0.5, beta=0.5):
 #     proj_net.{0,3,6}, {1,4,7}       the positional net: convolutions with bias, batch norms
 #
 # The logits are the authors' own if three habits of their code are kept: eps 1e-6 in the layer
-# norms of the image tower's blocks (read_patches_with), names cut to three tokens (cut_ending), and
+# norms of the image tower's blocks (make_dense_visual), names cut to three tokens (cut_ending), and
 # convolutions with biases (fold_biases).
 
 def released_kind(path):
@@ -998,7 +1001,7 @@ def released_kind(path):
 
 
 def open_rectification(path, class_names, clip=None, recipe=None, W_q_path=None, device="cpu"):
-    """A rectification of either kind, ReCLIP.save's or the authors', in eval mode.
+    """A rectification in eval mode: a file of ReCLIP.save, or one that the authors published.
 
     class_names: needed for the authors' files, which do not name their classes.
     clip: as ReCLIP.load takes it.
@@ -1150,23 +1153,24 @@ class ReCLIPPlusPlus(ReCLIP):
         ReCLIP                                      ReCLIP++
         M_b = Z . W_r + M_p                         M_b = P . W_r,  P a linear map of p
         M   = M_q - M_b                             M   = M_q - M_b
-        masks from M                                masks from M^ = decoder([Z ; M])
+        Eq. (4) makes masks of M                    Eq. (4) makes masks of M' = decoder([Z ; M])
 
-    The bias. In ReCLIP one term depends on the class and on what a patch shows, the other on the
-    class and the place. Their sum cannot say "at the border CLIP leans to boats as much as the
-    Reference of boat says, and to cats not at all". Here position and Reference meet in one
-    product: each place has a vector P in the space of texts, and leans to the classes whose
-    Reference it resembles.
+    The bias. In the paper's ReCLIP the place has one map for all classes, which cancels; in the
+    released code it has a free map for each class, and the Reference knows no place. Here position
+    and Reference meet in one product: each place has a vector P in the space of texts, and leans to
+    the classes whose Reference it resembles. So the maps of all classes come from one P and are
+    tied to the texts. M_b no longer depends on the image; what a patch shows comes in through M_q
+    and the decoder.
 
     The masks. M is one number per patch and class, and each patch speaks for itself. The decoder, a
     5x5 convolution, also sees the features Z and the neighbors: it learns, by the same loss, to
     give a patch the class that its surroundings speak for.
 
-    As in ReCLIP, CLIP is frozen and Eq. (4)-(5) are the loss; Logits.rectified is M^, from which
+    As in ReCLIP, CLIP is frozen and Eq. (4)-(5) are the loss; Logits.rectified is M', from which
     masks, loss and mIoU are read; .reference is M_b, and .positional is 0.
 
-    tau_1: of Eq. (4): M^ comes out of a batch norm and is far larger than a cosine (released).
-    options: as ReCLIP's; what concerns M_p has no effect.
+    tau_1: of Eq. (4): M' comes out of a batch norm and is far larger than a cosine (released).
+    options: as ReCLIP's, but for those of the positional net, which is not there.
     """
     method = "reclip++"
 
@@ -1188,7 +1192,7 @@ class ReCLIPPlusPlus(ReCLIP):
         self.to(clip.logit_scale.device)
 
     def rectify(self, Z):
-        """Features Z (B, D, h, w) -> Logits, the last step of which is M^."""
+        """Features Z (B, D, h, w) -> Logits, with M' (B, C, h, w) as the rectified ones."""
         W_q, W_r = self.heads()                                         # (C, D) each
         M_q = segmentation_logits(Z, W_q)                               # (B, C, h, w)
 
@@ -1199,7 +1203,7 @@ class ReCLIPPlusPlus(ReCLIP):
         M_b = segmentation_logits(P, W_r).expand_as(M_q)                # (B, C, h, w)
         M = rectify_logits(M_q, M_b, self.subtract)                     # (B, C, h, w)
 
-        decoded = self.decoder(torch.cat([Z, M], dim=1))                # M^ (B, C, h, w)
+        decoded = self.decoder(torch.cat([Z, M], dim=1))                # M' (B, C, h, w)
         return Logits(M_q, M_b, Z.new_zeros(1, 1, h, w), decoded, Z)
 
     @classmethod
@@ -1232,15 +1236,16 @@ class ReCLIPPlusPlus(ReCLIP):
                 })
             class_token = state["vit.cls_token"].float().reshape(clip.visual.class_embedding.shape)
             model.released = {"class_token": class_token, "eps": 1e-6}
-            model.read_patches_with(**model.released)
+            model.make_dense_visual(**model.released)
         return model.to(device).eval()
 
 
 def window_labels(similarity):
     """ReCLIP++'s image-level labels: similarity of n windows to texts (n, C) -> (C,) bool.
 
-    Each window names the class that it resembles most, and the image holds all that are named. A
-    small thing fills some window though it is lost in the whole image; so no threshold is needed.
+    Each window names the class that it resembles most, and the image holds all that are named: so a
+    small thing is found that would be lost in the whole image, and no threshold has to be chosen.
+    The price: a window of mere background names a class too.
     """
     found = torch.zeros(similarity.shape[1], dtype=torch.bool, device=similarity.device)
     found[similarity.argmax(1)] = True

@@ -162,7 +162,7 @@ def train_rectification(model, split, labels, settings, run):
         optimizer.step()
 
         run.log(step, loss, lr)
-        if run.end_step(step):
+        if run.save_due(step):
             model.save(run.checkpoint)
             run.save_state(step)
     return model.eval()
@@ -270,7 +270,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
         optimizer.step()
 
         run.log(step, loss, lr)
-        if run.end_step(step):
+        if run.save_due(step):
             student.save(run.checkpoint)
             run.save_state(step)
     return student.eval()
@@ -325,39 +325,28 @@ def rank_0_first():
 def new_reclip(clip, facts, settings, seed):
     """A ReCLIP of a data set's classes that has learnt nothing yet; the same for the same seed."""
     torch.manual_seed(seed)
+    options = {
+        "prompts": facts.prompts or PROMPTS,
+        "prompt_length": settings.prompt_length,
+        "prompt_per_class": settings.prompt_per_class,
+        "reference_norm": settings.reference_norm,
+        "query_learnable": settings.query_learnable,
+        "subtract": settings.subtract,
+        "attention": settings.attention,
+        "tau_1": settings.tau_1,
+        "tau": settings.tau,
+        "pool": settings.pool,
+        "recipe": settings.recipe,
+    }
     if settings.method == "reclip++":
-        return ReCLIPPlusPlus(
-            clip,
-            facts.classes,
-            prompts=facts.prompts or PROMPTS,
-            prompt_length=settings.prompt_length,
-            prompt_per_class=settings.prompt_per_class,
-            reference_norm=settings.reference_norm,
-            query_learnable=settings.query_learnable,
-            subtract=settings.subtract,
-            attention=settings.attention,
-            tau_1=settings.tau_1,
-            tau=settings.tau,
-            pool=settings.pool,
-            recipe=settings.recipe,
-        ).train()
+        return ReCLIPPlusPlus(clip, facts.classes, **options).train()
     return ReCLIP(
         clip,
         facts.classes,
-        prompts=facts.prompts or PROMPTS,
-        prompt_length=settings.prompt_length,
-        prompt_per_class=settings.prompt_per_class,
-        reference_norm=settings.reference_norm,
-        query_learnable=settings.query_learnable,
         positional_channels=settings.positional_channels,
         positional_last_relu=settings.positional_last_relu,
         positional_gain=settings.positional_gain,
-        subtract=settings.subtract,
-        attention=settings.attention,
-        tau_1=settings.tau_1,
-        tau=settings.tau,
-        pool=settings.pool,
-        recipe=settings.recipe,
+        **options,
     ).train()
 
 
@@ -516,7 +505,7 @@ class Run:
             run.require_finite(step, loss, parameters, names)    # NaN ends the run before the step
             optimizer.step()
             run.log(step, loss, lr)
-            if run.end_step(step):                       # every epoch, at the end, before a stop
+            if run.save_due(step):                       # every epoch, at the end, before a stop
                 model.save(run.checkpoint)
                 run.save_state(step)
 
@@ -607,7 +596,7 @@ class Run:
     def stop_signals(self):
         """Within, Ctrl-C and SIGTERM let the step in progress end and be saved.
 
-        A signal that comes too late for that, after end_step, counts for the next step.
+        A signal that comes too late for that, after save_due, counts for the next step.
         """
         def ask(*unused):
             self.asked_to_stop = True
@@ -644,12 +633,12 @@ class Run:
         if self.rank == 0:
             self.progress(step + 1, f"loss {value:.4f}  lr {lr:.2e}  ")
 
-    def end_step(self, step):
-        """Agrees with the other processes whether to stop now. -> whether this process shall save
+    def save_due(self, step):
+        """Whether this process saves now: process 0, once an epoch, at the end, or before a stop.
 
-        Saved is about once an epoch, after the last step, and before a stop; only process 0 writes.
-        A stop that reached one process stops all after the same step: one that ended alone would
-        leave the others waiting for its gradients.
+        All processes must call it: here they agree whether to stop. A stop that reached one stops
+        all after the same step; one that ended alone would leave the others waiting for its
+        gradients.
         """
         self.stopping = self.asked_to_stop
         if self.processes > 1:

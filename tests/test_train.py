@@ -106,7 +106,7 @@ def test_a_signal_behind_the_save_counts_for_the_next_step(tmp_path):
     saves = []
     with pytest.raises(KeyboardInterrupt):
         for step, _, _, _ in run.batches(Stream(), 1):
-            saves.append((step, run.end_step(step)))
+            saves.append((step, run.save_due(step)))
             if step == 1:
                 signal.raise_signal(signal.SIGTERM)
     assert saves == [(0, False), (1, False), (2, True)]
