@@ -619,7 +619,8 @@ def second_reading(visual, exact_gelu=False, class_token=None, eps=None):
         class_token: (E_v,) in place of class_embedding; None: the same.
         eps: of the two layer norms of each block; None: the same.
     """
-    # deepcopy asks this table before it copies anything: so the parameters are shared.
+    # deepcopy's second argument lists what counts as copied already: here every parameter, so that
+    # only the modules around them are new.
     shared = {id(parameter): parameter for parameter in visual.parameters()}
     tower = copy.deepcopy(visual, shared)
 
@@ -795,8 +796,9 @@ class CLIP(nn.Module):
             prompt: v_1 .. v_L, (L, E_t), the same for all classes; or (C, L, E_t), each class its
                 own. (Sec. 3.2 calls their width D. They stand in the place of words, so it is E_t;
                 in ViT-B/16 both are 512.)
-            endings: for each class the token ids after the prompt, which are those of its name and
-                EOT (C lists of int). The state of the last one is the vector of the text.
+            endings: for each class the token ids after the prompt (C lists of int): its name, then
+                EOT. The state of the last one is the vector of the text. (A published file may cut
+                a long name so that EOT is lost: reclip.cut_ending.)
 
         Returns: (C, D), not of length 1.
 
@@ -889,7 +891,10 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """OpenAI's initialization, for training from scratch and for tests. Returns the model."""
+        """OpenAI's initialization of the text tower, for both towers, with biases 0 (ours).
+
+        For training from scratch and for tests. Returns the model.
+        """
         for tower in (self.visual.transformer, self.transformer):
             width = tower.resblocks[0].ln_1.weight.numel()
             layers = len(tower.resblocks)

@@ -25,8 +25,9 @@ Sources of numbers: "Sec. 4.1" = the paper, "released" = its authors' code, "our
 
 Copied elsewhere (it needs torch, torchvision, numpy and Pillow), it is used like this:
 
-    augment = Augment(long_side=2048, short_side=512, crop=512)
-    stream = TrainingStream(open_split("voc", "data", "train"), augment, seed=0)
+    split = open_split("voc", "data", "train")
+    augment = Augment(long_side=2048, short_side=512, crop=512, antialias=split.antialias)
+    stream = TrainingStream(split, augment, seed=0)
     for images, valid, names in DataLoader(stream, batch_size=4, sampler=range(4000)):
         ...                               # 1000 times; images: float (4, 3, 512, 512) in [0, 1]
 
@@ -267,7 +268,10 @@ def option(default, help):
 
 @dataclass(frozen=True)
 class Settings:
-    """Every hyper-parameter, with unit and source. The defaults are VOC's under the recipe 2025.
+    """Every hyper-parameter, with unit and source. The defaults are VOC's in the recipe 2025.
+
+    Do not read a benchmark's values here: find_settings lays those of a recipe over them, by
+    default cvpr2024's.
 
     train.py turns each field into an option of its command line, and keeps them all with a run, so
     that a run is not resumed under other settings.
@@ -292,8 +296,8 @@ class Settings:
         23.0, "an image holds a class if 100 * cosine reaches it (t of Sec. 3.4; value released)")
     top_k: int = option(2, "image-level labels where no class passes the threshold (released)")
     label_window: int = option(
-        0, "side of the windows that image-level labels are found in, pixels (ReCLIP++); 0: none, "
-        "but the threshold")
+        0, "side of the windows that image-level labels are found in, pixels (ReCLIP++); 0: no "
+        "windows, the threshold decides")
 
     # Rectification: the model
     prompt_length: int = option(
@@ -380,7 +384,10 @@ class Settings:
 
 
 class RecipeSizes(NamedTuple):
-    """A row of RECIPE_SIZES: what the authors' two recipes set for each data set."""
+    """A row of RECIPE_SIZES: what the authors' two recipes set for each data set.
+
+    What they set alike stands here too, as far as a checker wants it: denoise and distillation.
+    """
     # Rectification, and the evaluation of the rectified CLIP at the same sides
     rectify_long_side: int
     rectify_short_side: int
@@ -416,6 +423,9 @@ RECIPE_SIZES = {
 }
 DEFAULT_RECIPE = "cvpr2024"  # of the three benchmarks: the one that the paper's numbers belong to
 
+BENCHMARKS = ("voc", "context", "ade20k")  # those with published recipes
+
+# What does not depend on the recipe; of a benchmark, find_settings adds the row of RECIPE_SIZES.
 SETTINGS = {
     "voc": Settings(),
     "context": Settings(threshold=20.0, top_k=6),
@@ -455,25 +465,26 @@ SETTINGS = {
 }
 
 
-# What ReCLIP++ changes in the recipe 2025, beside tau_1, which is 0.01 (see find_settings).
-# label_window is a sixth of the crop (released); denoising is on softmax(10 M').
+# What ReCLIP++ changes in the recipe 2025, all released but for the last two rows: label_window is
+# a sixth of the crop, and denoising is on softmax(10 M').
 PLUSPLUS = {
-    "voc": {"label_window": 56, "denoise": 1.0},
-    "context": {"label_window": 80, "denoise": 0.85},
-    "ade20k": {"label_window": 85, "denoise": 0.5},
-    "own": {"label_window": 56},
+    "voc": {"tau_1": 0.01, "label_window": 56, "denoise": 1.0},
+    "context": {"tau_1": 0.01, "label_window": 80, "denoise": 0.85},
+    "ade20k": {"tau_1": 0.01, "label_window": 85, "denoise": 0.5},
+    "own": {"tau_1": 0.01, "label_window": 56},
     # Ours, chosen on val, over three CLIPs: without windows, the released learning rate. An image
     # of 64 pixels holds few, large things, and windows of 40 name classes that are not there
     # (precision 0.73 against 0.87): 55 mIoU in place of 60.
-    "shapes": {"label_window": 0, "lr": 0.01},
+    "shapes": {"tau_1": 0.01, "label_window": 0, "lr": 0.01},
 }
 
 
 def find_settings(data, recipe=None, method="reclip", **changes):
     """The Settings of a data set (a key of SETTINGS, or your own folder), with some changed.
 
-    recipe: of the benchmarks, "cvpr2024" (also if None) or "2025". Other images have one alone,
-        2025's sizes and CLIP as it was trained, and take none.
+    In this order: SETTINGS, the recipe's row of RECIPE_SIZES, for the sequel PLUSPLUS, `changes`.
+    recipe: of the benchmarks, "cvpr2024" (also if None) or "2025". Of all else None: there CLIP
+        runs as it was trained (which .recipe calls "2025"), and the sizes are those of SETTINGS.
     method: "reclip", or "reclip++", which has the recipe 2025 alone.
     Errors: ValueError for a recipe or method that is not there.
     """
@@ -483,7 +494,7 @@ def find_settings(data, recipe=None, method="reclip", **changes):
         raise ValueError("reclip++ has the recipe 2025 alone, not cvpr2024")
 
     settings = SETTINGS.get(data, SETTINGS["own"])
-    if (DEFAULT_RECIPE, data) in RECIPE_SIZES:
+    if data in BENCHMARKS:
         recipe = recipe or ("2025" if method == "reclip++" else DEFAULT_RECIPE)
         if (recipe, data) not in RECIPE_SIZES:
             raise ValueError(f"recipe is {recipe!r}; it must be cvpr2024 or 2025")
@@ -495,7 +506,7 @@ def find_settings(data, recipe=None, method="reclip", **changes):
 
     if method == "reclip++":
         sequel = PLUSPLUS.get(data, PLUSPLUS["own"])
-        settings = dataclasses.replace(settings, method=method, tau_1=0.01, **sequel)
+        settings = dataclasses.replace(settings, method=method, **sequel)
     return dataclasses.replace(settings, **changes)
 
 
@@ -855,8 +866,9 @@ def size_within(height, width, long_side, short_side):
 def resize_within(image, long_side, short_side, antialias=True):
     """uint8 (3, H, W) -> (3, H', W'), smaller or larger, to size_within; short_side 0: it stays.
 
-    antialias: True reads every pixel of a large image, False one in so many (as the released code
-        does, through OpenCV: fine structure then looks rougher).
+    antialias: where an image is made smaller, True averages all old pixels under a new one; False
+        interpolates between the nearest four and skips the rest (as the released code does, through
+        OpenCV: fine structure comes out rougher).
     """
     if short_side == 0:
         return image
@@ -865,7 +877,9 @@ def resize_within(image, long_side, short_side, antialias=True):
 
 
 def distort_colors(image):
-    """Released: random changes of color, so that nothing learnt hangs on the light of a photograph.
+    """Random changes of color, so that nothing learnt hangs on the light of a photograph.
+
+    As released, but for torchvision's saturation, a blend with gray (there S of HSV is scaled).
 
     float (3, H, W) in [0, 1] -> the same. Each of the four happens half of the time: brightness, up
     to 32 of 255 levels added or taken off; contrast, all values times 0.5 to 1.5; saturation times
@@ -999,7 +1013,7 @@ class TrainingStream(Dataset):
 
         # The transform draws from torch's global generator: it is seeded for this item, and set
         # back afterwards, so that the caller's own random numbers do not notice. Neighboring seeds
-        # are 1,000,003 apart: only a longer run would reuse draws of the next one.
+        # are 1,000,003 apart: a longer run (ADE20K's) reuses draws of the next one.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + s)
             image, valid = self.transform(self.split.image(i))

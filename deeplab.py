@@ -46,10 +46,11 @@ The losses stand in reclip.py: feature_guided_loss, text_guided_loss, mask_guide
 What stands here
     dilated_resnet, tiny_resnet    the backbones
     ASPP                           four dilated convolutions, summed: the end of DeepLab V2
-    STUDENTS                       what there is to choose: resnet101, resnet50, tiny (for shapes)
+    STUDENTS                       what there is to choose: resnet101, resnet50, resnet50_v1c, tiny
     DeepLabV2                      all of it as one module, with save and load; it needs no CLIP
       .features                    images -> Z^
       .rectify                     Z^ -> M^D and its parts, by heads inherited from rectification
+      .from_released               a student that the authors published (torchvision_names)
 
 Symbols
     B images, C classes, D width of CLIP's joint space; H x W pixels, h x w cells of the grid
@@ -237,11 +238,10 @@ class ASPP(nn.Module):
 
     3x3 convolutions side by side, alike but for their dilation, and summed.
 
-    batch_norm: True ends each branch in batch norm and ReLU, as the released code does.
-
-    rates: their dilations, which are distances between a kernel's taps, in cells (the default:
+    rates: dilations of the branches: distances between a kernel's taps, in cells (the default:
         Chen et al.). A kernel spans 2 * rate + 1 cells: at stride 8 the four see 104, 200, 296
         and 392 pixels.
+    batch_norm: True ends each branch in batch norm and ReLU, as the released code does.
     """
 
     def __init__(self, channels, D, rates=(6, 12, 18, 24), batch_norm=False):
@@ -382,7 +382,7 @@ class DeepLabV2(nn.Module):
         self.to(W_q.device)
 
     def batch_norms(self):
-        """All batch norms of the student; they stand in the backbone."""
+        """The backbone's batch norms. (Those of resnet50_v1c's ASPP are never frozen.)"""
         return [part for part in self.backbone.modules() if isinstance(part, nn.BatchNorm2d)]
 
     def train(self, mode=True):
@@ -559,7 +559,8 @@ class DeepLabV2(nn.Module):
             content = torch.load(path, map_location="cpu", weights_only=True)
             state = content.get("state_dict", content)
             renamed = torchvision_names(state)
-            conv_seg = [len(state[key]) for key in state if key.endswith("conv_seg.weight")]
+            # A layer that the authors' head never uses; its rows count the classes.
+            class_counts = [len(state[key]) for key in state if key.endswith("conv_seg.weight")]
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no published student at {path}: the README says "
                                     "where the authors keep theirs") from None
@@ -567,8 +568,7 @@ class DeepLabV2(nn.Module):
             raise ValueError(f"{path} is not a student's checkpoint, or is truncated: "
                              f"{one_line(error)}") from error
 
-        # The unused layer tells how many classes there were.
-        for classes in conv_seg:
+        for classes in class_counts:
             if classes != len(class_names):
                 raise ValueError(f"{path} was learnt for {classes} classes, and {len(class_names)} "
                                  "are named: give the names of its data set")
