@@ -1,6 +1,6 @@
 """A program that makes the paper's evidence (Sec. 4): all tables, Figures 1 and 3, and controls.
 
-    python tests/paper.py                                all of it on shapes, about 25 minutes
+    python tests/paper.py                                all of it on shapes, about 40 minutes
     python tests/paper.py --data voc --root DIR          the same on PASCAL VOC, context or ade20k
     python tests/paper.py --rectification-only           without the rows that need a student
     python tests/paper.py --report-only                  the report anew, from what is there
