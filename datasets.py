@@ -814,49 +814,6 @@ class Folder(Files):
 
 # --- What training and evaluation read ------------------------------------------------------------
 
-def window_corners(height, width, side):
-    """Upper left corners (y, x) of ReCLIP++'s windows: every half side, as released."""
-    stride = max(1, side // 2)
-    corners = []
-    for y in range(0, height - side, stride):
-        for x in range(0, width - side, stride):
-            corners.append((y, x))
-    return corners
-
-
-class Windows(Dataset):
-    """Each image once, cut into windows for ReCLIP++'s image-level labels.
-
-    Item i is (float (n, 3, resolution, resolution) in [0, 1], name): n windows of side x side
-    pixels, each enlarged to what CLIP's image encoder wants. An image that is too small for any is
-    one window as a whole (the released code finds no class in it).
-
-    long_side, short_side: the image is resized within these before; 0: it keeps its size.
-    """
-
-    def __init__(self, split, side, resolution, long_side=0, short_side=0):
-        self.split = split
-        self.side = side
-        self.resolution = resolution
-        self.long_side = long_side
-        self.short_side = short_side
-
-    def __len__(self):
-        return len(self.split)
-
-    def __getitem__(self, i):
-        image = resize_within(self.split.image(i), self.long_side, self.short_side)
-        side = self.side
-        corners = window_corners(*image.shape[1:], side)
-        windows = [image[:, y:y + side, x:x + side] for y, x in corners] or [image]
-
-        bicubic = InterpolationMode.BICUBIC
-        size = [self.resolution, self.resolution]
-        windows = [v2.functional.resize(w, size, bicubic, antialias=True) for w in windows]
-        windows = v2.functional.to_dtype(torch.stack(windows), torch.float32, scale=True)
-        return windows, self.split.names[i]
-
-
 def size_within(height, width, long_side, short_side):
     """The largest size (H', W'), ratio kept, within long_side by short_side pixels; rounded."""
     factor = min(long_side / max(height, width), short_side / min(height, width))
@@ -1048,6 +1005,49 @@ class Thumbnails(Dataset):
         image = v2.functional.center_crop(image, [self.resolution, self.resolution])
         image = v2.functional.to_dtype(image, torch.float32, scale=True)
         return image, self.split.names[i]
+
+
+def window_corners(height, width, side):
+    """Upper left corners (y, x) of ReCLIP++'s windows: every half side, as released."""
+    stride = max(1, side // 2)
+    corners = []
+    for y in range(0, height - side, stride):
+        for x in range(0, width - side, stride):
+            corners.append((y, x))
+    return corners
+
+
+class Windows(Dataset):
+    """Each image once, cut into windows for ReCLIP++'s image-level labels.
+
+    Item i is (float (n, 3, resolution, resolution) in [0, 1], name): n windows of side x side
+    pixels, each enlarged to what CLIP's image encoder wants. An image that is too small for any is
+    one window as a whole (the released code finds no class in it).
+
+    long_side, short_side: the image is resized within these before; 0: it keeps its size.
+    """
+
+    def __init__(self, split, side, resolution, long_side=0, short_side=0):
+        self.split = split
+        self.side = side
+        self.resolution = resolution
+        self.long_side = long_side
+        self.short_side = short_side
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, i):
+        image = resize_within(self.split.image(i), self.long_side, self.short_side)
+        side = self.side
+        corners = window_corners(*image.shape[1:], side)
+        windows = [image[:, y:y + side, x:x + side] for y, x in corners] or [image]
+
+        bicubic = InterpolationMode.BICUBIC
+        size = [self.resolution, self.resolution]
+        windows = [v2.functional.resize(w, size, bicubic, antialias=True) for w in windows]
+        windows = v2.functional.to_dtype(torch.stack(windows), torch.float32, scale=True)
+        return windows, self.split.names[i]
 
 
 class Evaluation(Dataset):

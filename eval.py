@@ -36,7 +36,6 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -455,19 +454,23 @@ def draw_examples(columns, dataset, facts, protocol, count=6, among=100):
         number = "" if miou is None else f" {100 * miou:.1f}"
         titles.append(STAGE_PARTS[stage][1] + number)
 
-    difference = []  # (share, index) of each image
-    for i in range(min(among, len(dataset))):
-        image, truth, _ = dataset[i]
-        first, last = (
-            predict_mask(model, stage, image, truth.shape, protocol)
-            for model, stage, _ in (columns[0], columns[-1])
-        )
-        share = (first != last)[truth != IGNORE].float().mean().nan_to_num()  # 0 if none evaluated
-        difference.append((share.item(), i))
-    chosen = sorted(difference, key=itemgetter(0), reverse=True)[:count]  # equal ones stay in order
+    first_model, first_stage, _ = columns[0]
+    last_model, last_stage, _ = columns[-1]
+    candidates = range(min(among, len(dataset)))
+    difference = {i: 0.0 for i in candidates}  # of each image, the share of pixels
+    if len(columns) > 1:
+        for i in candidates:
+            image, truth, _ = dataset[i]
+            first = predict_mask(first_model, first_stage, image, truth.shape, protocol)
+            last = predict_mask(last_model, last_stage, image, truth.shape, protocol)
+            differs = (first != last)[truth != IGNORE].float()          # (evaluated pixels,)
+            difference[i] = differs.mean().nan_to_num().item()          # 0 where there are none
+
+    # Images that differ alike stay in their order.
+    chosen = sorted(candidates, key=difference.get, reverse=True)[:count]
 
     rows = []
-    for _, i in chosen:
+    for i in chosen:
         image, truth, _ = dataset[i]
         row = [to_dtype(image, torch.uint8, scale=True), color_mask(truth, facts.palette)]
         for model, stage, _ in columns:
@@ -821,17 +824,24 @@ def main(argv=None):
 
     path = args.checkpoint or args.out / f"{args.stage}.pt"
     teacher_path = args.teacher or args.out / "rectify.pt"
+    W_q_path = args.out / "W_q.pt"
     attention = args.attention or "maskclip"
+
     # Plain CLIP has no checkpoint that knows its recipe: the data set's default does.
     recipe = args.recipe
     if args.stage == "clip":
         recipe = find_settings(args.data, args.recipe).recipe
-    W_q_path = args.out / "W_q.pt"
+
+    # A published student needs a teacher for its heads. Else the teacher is there to be drawn
+    # beside the student; your own images have no such drawing, and our students need no CLIP.
     teacher = None
-    if args.stage == "distill" and (args.teacher or teacher_path.is_file()):
-        teacher = open_rectification(
-            teacher_path, facts.classes, None, args.recipe, W_q_path, args.device
-        )
+    if args.stage == "distill":
+        wanted = not args.images or released_kind(path) == "student"
+        if args.teacher or (wanted and teacher_path.is_file()):
+            teacher = open_rectification(
+                teacher_path, facts.classes, None, args.recipe, W_q_path, args.device
+            )
+
     model = open_model(
         args.stage, path, facts, args.clip, args.device, attention, recipe, teacher, W_q_path
     )

@@ -95,6 +95,7 @@ class Recipe(NamedTuple):
     mean: tuple       # of the images, red, green, blue in [0, 1]
     std: tuple
 
+
 # The authors' code exists in two states. On every data set they differ in the two things below;
 # sizes and epochs, which depend on the data set, are RECIPE_SIZES in datasets.py.
 #
@@ -550,6 +551,13 @@ class ReCLIP(nn.Module):
         exact_gelu = RECIPES[self.recipe].exact_gelu
         self.dense_visual = second_reading(self.clip.visual, exact_gelu, class_token, eps)
 
+    def make_released_dense_visual(self, state):
+        """Makes dense_visual with the class token of a published file and the eps of its code."""
+        class_token = state["vit.cls_token"].float()                    # (1, 1, E_v)
+        class_token = class_token.reshape(self.clip.visual.class_embedding.shape)
+        self.released = {"class_token": class_token, "eps": 1e-6}
+        self.make_dense_visual(**self.released)
+
     @torch.no_grad()
     def features(self, images, valid=None):
         """Z (Sec. 3.1): images (B, 3, H, W) in [0, 1] -> (B, D, h, w), each patch of length 1.
@@ -629,8 +637,8 @@ class ReCLIP(nn.Module):
 
     def learnable_modules(self):
         """{name: module} of the parts that learn, all but CLIP: such as reference, positional."""
-        frozen = ("clip", "dense_visual")
-        return {name: part for name, part in self.named_children() if name not in frozen}
+        parts = self.named_children()
+        return {name: part for name, part in parts if f"{name}." not in FROZEN}
 
     def learnt(self):
         """{key: tensor}: the prompts, the positional net, and W_q.
@@ -756,9 +764,7 @@ class ReCLIP(nn.Module):
             )
             model.reference.load_state_dict({"vectors": vectors})
             model.positional.net.load_state_dict(fold_biases(state))
-            class_token = state["vit.cls_token"].float().reshape(clip.visual.class_embedding.shape)
-            model.released = {"class_token": class_token, "eps": 1e-6}
-            model.make_dense_visual(**model.released)
+            model.make_released_dense_visual(state)
         return model.to(device).eval()
 
 
@@ -1234,9 +1240,7 @@ class ReCLIPPlusPlus(ReCLIP):
                     for key, value in state.items()
                     if key.startswith(f"{prefix}.")
                 })
-            class_token = state["vit.cls_token"].float().reshape(clip.visual.class_embedding.shape)
-            model.released = {"class_token": class_token, "eps": 1e-6}
-            model.make_dense_visual(**model.released)
+            model.make_released_dense_visual(state)
         return model.to(device).eval()
 
 

@@ -84,7 +84,8 @@ from reclip import (
 def train_rectification(model, split, labels, settings, run):
     """Sec. 3.1-3.4: learns CLIP's two biases from images alone; writes <out>/rectify.pt.
 
-    model: a ReCLIP. Its Reference prompt and its positional net learn; CLIP stays as it is.
+    model: a ReCLIP. Its Reference prompt and its positional net learn; CLIP stays as it is. (The
+        sequel, a ReCLIPPlusPlus, is trained by the same loop.)
     split: the training images (datasets.open_split).
     labels: {name: (C,) bool}: which classes does each image hold? CLIP's own guess, which
         label_training_set makes.
@@ -370,7 +371,7 @@ def new_student(teacher, settings, seed):
         M_p = None
         if "positional" in head:
             grid = teacher.clip.visual.grid
-            M_p = teacher.positional_logits(grid, grid)                 # (1, 1 or C, grid, grid)
+            M_p = teacher.positional_logits(grid, grid)                 # (1, C, grid, grid)
 
     weights = None if settings.backbone_weights == "none" else settings.backbone_weights
     return DeepLabV2(

@@ -17,7 +17,10 @@ stopped. In <out>/paper (by default runs/shapes/paper) it leaves
     seed0/both/ ...          of each row the checkpoint, training.json (from what it was trained)
                              and result.json (what was measured)
 
-Made again from the same checkpoints, all these files are the same to the byte.
+Made again from the same checkpoints, all these files are the same to the byte. On another processor
+the last digits differ, and training amplifies them: to see by how much, hold torch's libraries to
+another instruction set, with ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
+ONEDNN_MAX_CPU_ISA=AVX2 in the environment.
 
 What stands here
     ROWS, TABLES             every row: what is trained, which settings differ, the paper's numbers

@@ -843,3 +843,18 @@ def test_thirty_odd_images_are_trained_on_and_segmented(
             assert report["index"][found] == value
 
         assert Image.open(masks / f"{name}.overlay.png").mode == "RGB"
+
+
+def test_a_student_segments_without_the_teacher_that_lies_beside_it(tmp_path):
+    """Your own images want no drawing of the teacher, so that neither it nor its CLIP is opened."""
+    W = torch.nn.functional.normalize(torch.randn(2, 6), dim=1)
+    DeepLabV2(["cat", "dog"], W, W / 2, student="tiny").save(tmp_path / "distill.pt")
+    (tmp_path / "rectify.pt").write_bytes(b"learnt on a CLIP that is not here")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "photos" / "a.png")
+
+    evaluation.main([
+        "--stage", "distill", "--checkpoint", str(tmp_path / "distill.pt"),
+        "--images", str(tmp_path / "photos"), "--device", "cpu",
+    ])
+    assert (tmp_path / "masks" / "a.png.index.png").is_file()
