@@ -451,7 +451,7 @@ SETTINGS = {
         tau=0.033,
         student="tiny",
         backbone_weights="none",
-        distill_epochs=10,
+        distill_epochs=13,
         distill_batch=8,
         distill_lr=0.1,
         rectify_short_side=64,
@@ -1306,20 +1306,23 @@ def target_scene(seed, i, size=64):
     rng = np.random.default_rng((seed, i))
     n = rng.integers(1, 5)
 
-    # Each thing gets another quarter of the image, and each another class.
+    # Each thing gets another quarter of the image, and each another class. The quarters meet in a
+    # point that may lie up to 10 pixels off the middle, so that some things stand in the middle and
+    # others are cut by the border.
     q = size / 4
     centers = rng.permutation([(q, q), (q, 3 * q), (3 * q, q), (3 * q, 3 * q)])
+    meeting_point = rng.uniform(-10, 10, 2)
     classes = rng.permutation(SHAPES_CLASSES)
 
     # The more things, the smaller they are.
-    least, most = {1: (20, 28), 2: (16, 21), 3: (14, 19), 4: (13, 18)}[n]  # radius, pixels
+    least, most = {1: (18, 26), 2: (16, 21), 3: (14, 19), 4: (13, 18)}[n]  # radius, pixels
 
     things = []
     for name, center in zip(classes[:n], centers):
         if n > 1:
-            x, y = center + rng.uniform(-4, 4, 2)
+            x, y = center + meeting_point + rng.uniform(-4, 4, 2)
         else:
-            x, y = rng.uniform(0.3, 0.7, 2) * size
+            x, y = rng.uniform(0.15, 0.85, 2) * size
         r = rng.uniform(least, most)
         things.append(new_thing(name, x, y, r, rng))
 

@@ -546,7 +546,9 @@ def pixels_at_centers(cells, output_stride, image_side, truth_side):
 
 # --- Measuring a row ------------------------------------------------------------------------------
 
-EDGES = [i / 10 for i in range(11)]  # Figure 1(a): bins of the distance from the center (ours)
+# Figure 1(a): bins of the distance from the center. Ours: unequal, since few objects stand in the
+# very middle of an image; each holds more than 100 of the objects in shapes' test split.
+EDGES = [0, 0.3, 0.4, 0.5, 0.6, 0.8]
 
 
 def distance_counts(prediction, truth, classes, edges):
