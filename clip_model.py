@@ -607,11 +607,11 @@ class VisionTransformer(nn.Module):
 def second_reading(visual, exact_gelu=False, class_token=None, eps=None):
     """The same image tower once more, to be run in another way; its weights are not copied.
 
-    To read patches, the authors of ReCLIP gave the tower another activation than CLIP was trained
-    with (their code of 2024), and in their published files also a class token and a layer norm eps
-    of their own. Whole images are still encoded as usual. So the tower exists twice on the same
-    parameters, and each of the two is an ordinary VisionTransformer: nothing in the forward pass
-    has to ask which of them is meant.
+    To read patches, the authors of ReCLIP ran the tower with another activation than CLIP was
+    trained with (their code of 2024), with a layer norm eps of 1e-6, and with a class token of
+    their own, which their published files contain. Whole images are still encoded as usual. So the
+    tower exists twice on the same parameters, and each of the two is an ordinary VisionTransformer:
+    nothing in the forward pass has to ask which of them is meant.
 
     Args:
         visual: a CLIP's .visual; it stays as it is.
@@ -967,8 +967,8 @@ def written_atomically(path):
         if isinstance(error, OSError) and error.errno is None:
             raise
         reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}): is the disk full? What was there "
-                      "before is untouched") from error
+        raise OSError(f"{path} could not be written ({reason}); what was there before is "
+                      "untouched") from error
     finally:
         temporary.unlink(missing_ok=True)
 

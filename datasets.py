@@ -143,7 +143,7 @@ def voc_palette():
 @dataclass(frozen=True)
 class DataFacts:
     """What is fixed for a data set, whatever the recipe."""
-    name: str                 # the key in DATA, or the folder of your own images as it was given
+    name: str                 # the key in DATA; of your own images: a name for them
     classes: tuple            # C names, in the order of the class indices
     palette: list             # C colors (r, g, b)
     background: str           # in words: which pixels are not evaluated
@@ -190,7 +190,7 @@ def own_facts(name, class_names):
     """Returns the DataFacts of your own images, which have no truth.
 
     Args:
-        name: the folder of the images, as it was given.
+        name: a name for them: train.py gives the folder, eval.py "pictures".
         class_names: the classes to look for, at most 254 (truth and masks are bytes; 255 = IGNORE).
     """
     if len(class_names) > 254:
@@ -210,15 +210,15 @@ def own_facts(name, class_names):
 def read_classes(text):
     """Reads class names as a person writes them: "cat, dog|puppy" -> ("cat", "dog | puppy").
 
-    A bar separates synonyms. `text` may also be the path of a text file with one class a line, in
-    which # begins a remark. ValueError: fewer than two classes, an empty name, a name twice.
+    A bar separates synonyms. `text` may also be the path of a text file with one class a line
+    (read_lines). ValueError: fewer than two classes, an empty name, a name twice, or a comma in a
+    line.
     """
     if isfile(text):  # unlike Path.is_file, it says no to a list that is too long for a path
-        entries = []
-        for line in Path(text).read_text("utf-8-sig", errors="replace").splitlines():
-            line = line.strip()
-            if line and not line.startswith("#"):
-                entries.append(line)
+        entries = read_lines(text)
+        for entry in entries:
+            if "," in entry:
+                raise ValueError(f"'{entry}' in {text} holds a comma: write one class a line")
     else:
         entries = text.split(",")
 
@@ -237,22 +237,28 @@ def read_classes(text):
     return tuple(classes)
 
 
-def read_prompts(path):
-    """Reads templates of the Query from a file, one a line, with {} for the class name.
+def read_lines(path):
+    """The lines of a text file without the empty ones and the remarks, which begin with #."""
+    lines = []
+    for line in Path(path).read_text("utf-8-sig", errors="replace").splitlines():
+        line = line.strip()
+        if line and not line.startswith("#"):
+            lines.append(line)
+    return lines
 
-    Lines that begin with # are remarks.
+
+def read_prompts(path):
+    """Reads templates of the Query from a file (read_lines), with {} for the class name.
+
     Errors: FileNotFoundError; ValueError for no template, or a line that has not {} once.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file of prompts at {path}")
-    prompts = []
-    for line in Path(path).read_text("utf-8-sig", errors="replace").splitlines():
-        line = line.strip()
-        if line and not line.startswith("#"):
-            if line.count("{}") != 1 or line.count("{") + line.count("}") != 2:
-                raise ValueError(f"the prompt '{line}' of {path} must have {{}} once, where the "
-                                 "class name goes, and no other braces")
-            prompts.append(line)
+    prompts = read_lines(path)
+    for prompt in prompts:
+        if prompt.count("{}") != 1 or prompt.count("{") + prompt.count("}") != 2:
+            raise ValueError(f"the prompt '{prompt}' of {path} must have {{}} once, where the "
+                             "class name goes, and no other braces")
     if not prompts:
         raise ValueError(f"{path} holds no prompt: write templates, one a line, such as "
                          "'a photo of a {}.'")
@@ -326,7 +332,7 @@ class Settings:
         "tiny (shapes)")
     head: str = option(
         "query_reference", "Table 6: original, query, query_reference, query_reference_positional")
-    backbone_weights: str = option("imagenet", "start of the backbone: imagenet, a file, or none")
+    backbone_weights: str = option("imagenet", "start of the backbone: imagenet (ours), a file, or none")
     distill_epochs: int = option(100, "epochs of distillation (released)")
     distill_batch: int = option(16, "images a step (released)")
     distill_lr: float = option(0.01, "learning rate of SGD (Sec. 4.1), poly over all epochs")
@@ -378,6 +384,10 @@ class Settings:
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more")
+        if self.rectify_epochs > self.rectify_poly_epochs:
+            raise ValueError(f"rectify_epochs is {self.rectify_epochs}; it must not be above "
+                             f"rectify_poly_epochs, {self.rectify_poly_epochs}, from which on the "
+                             "learning rate is 0")
         if not self.resize_from <= self.resize_to:
             raise ValueError(f"resize_from is {self.resize_from}; it must not be above resize_to, "
                              f"{self.resize_to}")
@@ -386,7 +396,8 @@ class Settings:
 class RecipeSizes(NamedTuple):
     """A row of RECIPE_SIZES: what the authors' two recipes set for each data set.
 
-    What they set alike stands here too, as far as a checker wants it: denoise and distillation.
+    Denoising and distillation, which both set alike, stand here too: a data set's numbers in one
+    place.
     """
     # Rectification, and the evaluation of the rectified CLIP at the same sides
     rectify_long_side: int
@@ -483,8 +494,8 @@ def find_settings(data, recipe=None, method="reclip", **changes):
     """The Settings of a data set (a key of SETTINGS, or your own folder), with some changed.
 
     In this order: SETTINGS, the recipe's row of RECIPE_SIZES, for the sequel PLUSPLUS, `changes`.
-    recipe: of the benchmarks, "cvpr2024" (also if None) or "2025". Of all else None: there CLIP
-        runs as it was trained (which .recipe calls "2025"), and the sizes are those of SETTINGS.
+    recipe: "cvpr2024" or "2025" on the benchmarks; None: cvpr2024, of reclip++ 2025. Elsewhere it
+        must be None: CLIP runs as it was trained, which .recipe calls "2025".
     method: "reclip", or "reclip++", which has the recipe 2025 alone.
     Errors: ValueError for a recipe or method that is not there.
     """
@@ -661,7 +672,7 @@ def read_image(path, draft=False):
             return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} is named in the split's list but does not exist"
+            f"{path} does not exist, though the list of the split or its folder named it"
         ) from None
     except Exception as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
@@ -762,7 +773,7 @@ class Folder(Files):
     exist. ValueError: no readable image.
 
     Attributes:
-        names: paths below the folder (of a file: its name), each unique.
+        names: paths below the folder (of a file: its name); if two are alike, all are absolute.
         skipped: names of the images that could not be read.
     """
 
@@ -773,9 +784,9 @@ class Folder(Files):
             if path.is_dir():
                 for file in sorted(path.rglob("*")):
                     if file.suffix.lower() in SUFFIXES and file.is_file():
-                        names[file] = file.relative_to(path).as_posix()
+                        names[file.absolute()] = file.relative_to(path).as_posix()
             elif path.exists():
-                names[path] = path.name
+                names[path.absolute()] = path.name
             else:
                 raise FileNotFoundError(
                     f"{path} is neither an image nor a folder, nor one of {', '.join(DATA)}"
@@ -783,7 +794,7 @@ class Folder(Files):
 
         # Two folders may both hold a cat.jpg; masks and labels are kept by name: names must differ.
         if len(set(names.values())) < len(names):
-            names = {path: path.resolve().as_posix() for path in names}
+            names = {path: path.as_posix() for path in names}
 
         readable = {}  # path -> name
         reports = []
@@ -1128,8 +1139,8 @@ class Progress:
 
 # The biases of its tiny CLIP are planted. It is pre-trained on the *web* (tests/pretrain.py):
 # captioned scenes, in which a class stands anywhere, and close-ups, in which each class keeps to
-# its own half of the image and nearly always to its own color; and captions sometimes name a color
-# by the class that has it, "a box the color of a coin". The *target*, to be segmented, is drawn
+# its own half of the image and mostly to its own color; and captions sometimes name a color by the
+# class that has it, "a box the color of a coin". The *target*, to be segmented, is drawn
 # here and breaks these habits: the same classes stand anywhere, and a thing shows its own hue in
 # only 62.5 % of cases, its twin's in 22.5 %, any other in 15 %. Every pixel has its truth, for
 # evaluation alone. So what the patches learnt on the web is a bias on the target, of the kind that
@@ -1301,14 +1312,15 @@ def paint(size, ground, things, rng):
 
 
 @lru_cache(maxsize=2000)  # a training set is seen many times
-def target_scene(seed, i, size=64):
+def target_scene(seed, i):
     """Draws one to four different classes that fill much of the image: (image, truth) of paint."""
     rng = np.random.default_rng((seed, i))
+    size = 64  # side of the image, pixels
     n = rng.integers(1, 5)
 
-    # Each thing gets another quarter of the image, and each another class. The quarters meet in a
-    # point that may lie up to 10 pixels off the middle, so that some things stand in the middle and
-    # others are cut by the border.
+    # A single thing stands anywhere. Several get a quarter of the image each, and each is of
+    # another class. The quarters meet up to 10 pixels beside the middle, on either axis: some
+    # things stand in the middle of the image, and its border cuts off others.
     q = size / 4
     centers = rng.permutation([(q, q), (q, 3 * q), (3 * q, q), (3 * q, 3 * q)])
     meeting_point = rng.uniform(-10, 10, 2)
@@ -1632,3 +1644,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"datasets.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("datasets.py: stopped; the same command begins anew what is not there yet")

@@ -398,12 +398,10 @@ class DeepLabV2(nn.Module):
 
     @property
     def scale(self):
-        """Factor on M^D where an evaluation wants probabilities: softmax(scale * M^D).
+        """Factor on M^D for probabilities, softmax(scale * M^D), in evaluation alone.
 
-        Training does not use it: Eq. (6) has a temperature of its own, mask_tau.
-
-        Cosines lie so close together that their own softmax is nearly flat, hence the factor 100
-        (released). The head "original" learns its own scale, hence 1.
+        100 (released), since cosines lie so close together that their own softmax is nearly flat; 1
+        for the head "original", which learns its own scale. (Training has mask_tau, Eq. (6).)
         """
         return 1 if self.head == "original" else 100
 
@@ -477,7 +475,7 @@ class DeepLabV2(nn.Module):
     def fingerprint(self):
         """sha256 of all weights, as text.
 
-        Two files of the same weights may differ: torch.save writes the file's name into it.
+        Of the tensors, not of the file: torch.save writes the file's name into it.
         """
         digest = hashlib.sha256()
         for key, value in sorted(self.state_dict().items()):

@@ -37,10 +37,12 @@ import sys
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize, to_dtype, to_pil_image
@@ -275,6 +277,15 @@ def predict_split(model, stage, dataset, protocol, title, workers=0):
 
 # --- A model on a split ---------------------------------------------------------------------------
 
+class Column(NamedTuple):
+    """A column of masks in an image of examples."""
+    model: nn.Module
+    stage: str
+    dataset: Evaluation  # the images at the sides of the protocol
+    protocol: Protocol
+    miou: float = None   # over the whole split, for the title; None: not measured
+
+
 def evaluate_stage(
     model, stage, facts, split_name, dataset, protocol, out, others=(), workers=0
 ):
@@ -282,7 +293,7 @@ def evaluate_stage(
 
     model, stage, protocol: as in predict_mask.
     facts: DataFacts of the data set. dataset: Evaluation over its split split_name.
-    others: (model, stage, mIoU or None) of models whose masks are drawn beside this one's.
+    others: Columns, of models whose masks are drawn beside this one's.
     -> the dict of scores
     """
     C = len(model.class_names)
@@ -311,14 +322,14 @@ def evaluate_stage(
         "split": split_name,
         "pictures": len(dataset),
         "classes_present": result["present"],
-        # Of what was learnt, not of the file: a file is another one each time it is written.
+        # Of the tensors, not of the file: torch.save writes the file's name into it.
         "checkpoint_sha256": None if stage == "clip" else model.fingerprint(),
     }
     with written_atomically(out / f"eval_{stage}.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1))
 
-    columns = [*others, (model, stage, result["miou"])]
-    examples = draw_examples(columns, dataset, facts, protocol)
+    own = Column(model, stage, dataset, protocol, result["miou"])
+    examples = draw_examples([*others, own], facts)
     examples.save(out / f"eval_{stage}.png")
     return result
 
@@ -440,29 +451,33 @@ def draw_grid(rows, titles, entries=(), tile=136, gap=8):
     return with_legend(canvas, entries)
 
 
-def draw_examples(columns, dataset, facts, protocol, count=6, among=100):
+def draw_examples(columns, facts, count=6, among=100):
     """Images of a split with truth and masks, a row each. -> PIL image
 
     Which images? Of the first `among`, those in which the first and the last column of masks differ
     most, for better or worse (in the share of evaluated pixels). With one column: the first ones.
 
-    columns: (model, stage, mIoU) each: a column of masks, with the mIoU in its title unless None.
-    dataset: Evaluation. facts: DataFacts.
+    columns: list of Column, over the same split. Each shows masks by its own protocol, the one that
+        the mIoU in its title was measured with.
+    facts: DataFacts.
     """
-    titles = ["image", "truth"]
-    for _, stage, miou in columns:
-        number = "" if miou is None else f" {100 * miou:.1f}"
-        titles.append(STAGE_PARTS[stage][1] + number)
+    def mask_of(column, i):
+        image, truth, _ = column.dataset[i]
+        return predict_mask(column.model, column.stage, image, truth.shape, column.protocol)
 
-    first_model, first_stage, _ = columns[0]
-    last_model, last_stage, _ = columns[-1]
+    titles = ["image", "truth"]
+    for column in columns:
+        number = "" if column.miou is None else f" {100 * column.miou:.1f}"
+        titles.append(STAGE_PARTS[column.stage][1] + number)
+
+    dataset = columns[-1].dataset
     candidates = range(min(among, len(dataset)))
     difference = {i: 0.0 for i in candidates}  # of each image, the share of pixels
     if len(columns) > 1:
         for i in candidates:
-            image, truth, _ = dataset[i]
-            first = predict_mask(first_model, first_stage, image, truth.shape, protocol)
-            last = predict_mask(last_model, last_stage, image, truth.shape, protocol)
+            _, truth, _ = dataset[i]
+            first = mask_of(columns[0], i)
+            last = mask_of(columns[-1], i)
             differs = (first != last)[truth != IGNORE].float()          # (evaluated pixels,)
             difference[i] = differs.mean().nan_to_num().item()          # 0 where there are none
 
@@ -473,9 +488,8 @@ def draw_examples(columns, dataset, facts, protocol, count=6, among=100):
     for i in chosen:
         image, truth, _ = dataset[i]
         row = [to_dtype(image, torch.uint8, scale=True), color_mask(truth, facts.palette)]
-        for model, stage, _ in columns:
-            mask = predict_mask(model, stage, image, truth.shape, protocol)
-            row.append(color_mask(mask, facts.palette, truth))
+        for column in columns:
+            row.append(color_mask(mask_of(column, i), facts.palette, truth))
         rows.append(row)
     return draw_grid(rows, titles, zip(facts.palette, facts.classes))
 
@@ -512,6 +526,11 @@ def segment_images(model, stage, facts, images, protocol, out):
     model, stage, protocol: as in predict_mask. facts: DataFacts, for its palette.
     images: datasets.Folder.
     """
+    shown_names = [name.split("|")[0].strip() for name in model.class_names]
+    if protocol.background_threshold and "background" in shown_names:
+        raise ValueError("--background-threshold calls what is no class background, and a class is "
+                         "named so too: leave the option out")
+
     progress = Progress("segment", len(images))
     too_long = 0
     for i, name in enumerate(images.names):
@@ -533,7 +552,7 @@ def segment_images(model, stage, facts, images, protocol, out):
             found_name = "background"
             color = GREY
             if c != IGNORE:
-                found_name = model.class_names[c].split("|")[0].strip()
+                found_name = shown_names[c]
                 color = facts.palette[c]
             areas[found_name] = shares[c]
             values[found_name] = (c + 1) % 256
@@ -642,18 +661,30 @@ def open_model(
     return model
 
 
+def best_device():
+    """The default of --device: a GPU if there is one."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def check_device(name):
+    """ValueError if torch has no such device here."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} is not available here ({reason})") from None
+
+
 def make_parser():
     """The options of the command line, without the checks of what fits together."""
-    best_device = "cpu"
-    if torch.backends.mps.is_available():
-        best_device = "mps"
-    if torch.cuda.is_available():
-        best_device = "cuda"
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--stage", choices=[*STAGE_PARTS, "paper"], default="rectify",
-        metavar="{clip,rectify,distill}", help="what to evaluate (default: rectify)")
+    add("--stage", choices=list(STAGE_PARTS), default="rectify",
+        help="what to evaluate (default: rectify)")
     add("--checkpoint", type=Path,
         help="file to evaluate, ours or one that the authors published (default: <out>/<stage>.pt)")
     add("--teacher", type=Path,
@@ -678,7 +709,7 @@ def make_parser():
         help="file with templates of the Query, one a line, {} for the name (default: the data "
         "set's)")
     add("--out", type=Path, help="where checkpoints are and results go (default: runs/<data>)")
-    add("--device", default=best_device, help="cpu, cuda, mps (default: the best there is)")
+    add("--device", default=best_device(), help="cpu, cuda, mps (default: the best there is)")
     add("--workers", type=int,
         help="processes that decode images (default: 4 beside a GPU, else 0)")
     add("--denoise", type=float,
@@ -705,8 +736,10 @@ def parse_arguments(argv=None):
     ValueError: options that do not fit.
     """
     args = make_parser().parse_args(argv)
-    if args.stage == "paper":
-        raise ValueError("--stage paper is a program of its own now: python tests/paper.py")
+    if args.checkpoint and args.stage == "clip":
+        raise ValueError("--checkpoint goes with --stage rectify and distill; plain CLIP has none")
+    if args.clip and args.stage == "distill":
+        raise ValueError("--clip goes with --stage clip and rectify; a student needs none")
     if args.prompts and args.stage != "clip":
         raise ValueError("--prompts goes with --stage clip; a checkpoint keeps its own texts")
     if args.attention and args.stage != "clip":
@@ -734,6 +767,8 @@ def parse_arguments(argv=None):
         facts = replace(facts, prompts=read_prompts(args.prompts))
     if facts.splits:
         args.split = args.split or facts.splits[0]
+    if args.split and not facts.splits:
+        raise ValueError(f"--split {args.split}: your own images have no splits")
     if args.split and args.split not in facts.splits:
         raise ValueError(f"--split {args.split}: {args.data} has {', '.join(facts.splits)}")
 
@@ -749,11 +784,7 @@ def parse_arguments(argv=None):
 
     if args.workers is None:
         args.workers = 4 if args.device.startswith("cuda") else 0
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} is not available here ({reason})") from None
+    check_device(args.device)
     return args, facts, changes
 
 
@@ -856,13 +887,18 @@ def main(argv=None):
         return
 
     # In the image of examples the earlier stages stand beside this one, as far as they are there.
+    dataset = Evaluation(split, protocol.long_side, protocol.short_side)
     others = []
     if args.stage == "rectify":
-        others = [(model, "clip", None)]
+        others = [Column(model, "clip", dataset, protocol)]
     elif teacher is not None:
-        others = [(teacher, "clip", None), (teacher, "rectify", None)]
+        of_teacher = find_protocol(
+            settings_of(teacher, "rectify", args.data), "rectify", **protocol_changes
+        )
+        seen = Evaluation(split, of_teacher.long_side, of_teacher.short_side)
+        for stage in ("clip", "rectify"):
+            others.append(Column(teacher, stage, seen, of_teacher))
 
-    dataset = Evaluation(split, protocol.long_side, protocol.short_side)
     evaluate_stage(
         model, args.stage, facts, args.split, dataset, protocol, args.out, others, args.workers
     )
@@ -871,5 +907,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"eval.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("eval.py: stopped")

@@ -158,13 +158,7 @@ def query_text_features(clip, class_names, prompts=PROMPTS):
     for name in class_names:
         synonyms = [synonym.strip() for synonym in name.split("|")]
         texts = [prompt.format(synonym) for synonym in synonyms for prompt in prompts]
-        try:
-            tokens = clip.tokenize(texts).to(device)                    # (texts, context)
-        except ValueError as error:
-            reason = str(error).rsplit(";", 1)[0]
-            raise ValueError(f"{reason}; give ReCLIP templates that are short in this CLIP's "
-                             "words, such as prompts=['a photo of a {}']") from error
-
+        tokens = clip.tokenize(texts).to(device)                        # (texts, context)
         features = F.normalize(clip.encode_text(tokens), dim=-1)        # (texts, D)
         rows.append(F.normalize(features.mean(0), dim=-1))              # (D,)
 
@@ -196,9 +190,10 @@ class ReferencePrompt(nn.Module):
         code cuts longer names off. We shorten the prompt instead, so that the longest name fits.
     cut_names: True cuts as the released code does; for the files that it wrote.
     prompt_per_class: True gives each class L vectors of its own (ours; CoOp's class-specific
-        contexts). The paper shares them "for efficiency". A shared prompt can only say what the
-        text encoder makes of it before each name; a small encoder makes nearly the same of it
-        before every name, and what all classes share cancels.
+        contexts). The paper shares them "for efficiency". With a shared prompt the rows of W_r
+        differ only by what the text encoder makes of that prompt before each name. A small encoder
+        makes nearly the same of it before every name: it moves all rows alike, and what all classes
+        share cancels.
     norm: the paper does not say how long W_r is. "frobenius" (released) divides by the norm of the
         whole C x D matrix: a row has length about 1 / sqrt(C), and M_r is a mild correction to M_q.
         "class" gives each row length 1: M_r is then as large as M_q itself.
@@ -420,9 +415,10 @@ class ReCLIP(nn.Module):
         positional net (Table 4's second row).
     tau: temperature of Eq. (5); None for 1 / (CLIP's own logit scale), which is 0.01 for OpenAI's.
     attention: how CLIP's last block is read, one of clip_model.ATTENTIONS.
-    query_learnable: Table 3: a learnt prompt for M_q too. Both prompts start alike, so that M_q
-        and M_r differ only in scale at first. Eq. (5) still compares with CLIP's own W_q (ours): a
-        loss that could move its own targets would have a trivial minimum.
+    query_learnable: Table 3: a learnt prompt for M_q too. Both prompts start alike: at first the
+        rows of both heads point the same way, and differ in length alone. Eq. (5) still compares
+        with CLIP's own W_q (ours): a loss that could move its own targets would have a trivial
+        minimum.
     subtract: Table 5: False adds the bias.
     recipe: a key of RECIPES, how CLIP is run for patches: "2025" as it was trained; "cvpr2024",
         with which the paper's numbers were probably made, is train.py's default on the benchmarks.
@@ -485,12 +481,14 @@ class ReCLIP(nn.Module):
             "pool": pool,
             "recipe": recipe,
             "cut_names": cut_names,
+            "prompts": list(prompts),
         }
         self.clip = clip.requires_grad_(False).eval()
         self.recipe = recipe
         self.released = None  # class token and eps of a published file (from_released)
         self.make_dense_visual()
         self.class_names = tuple(class_names)
+        self.prompts = tuple(prompts)
         self.subtract = subtract
         self.attention = attention
         self.pool = pool
@@ -620,11 +618,11 @@ class ReCLIP(nn.Module):
 
     @torch.no_grad()
     def image_similarity(self, thumbnails):
-        """100 cos between whole images and W_q: (B, 3, R, R) in [0, 1] -> (B, C).
+        """100 cos between images and W_q: (B, 3, R, R) in [0, 1] -> (B, C).
 
-        R is CLIP's own resolution (224): the class token was trained on such images alone. The
-        factor 100 is as released, whatever this CLIP's logit scale, so that thresholds read
-        like 23.
+        A thumbnail is the center square of an image (datasets.Thumbnails), as CLIP sees images. R
+        is CLIP's own resolution (224): the class token was trained on such images alone. The factor
+        100 is as released, whatever this CLIP's logit scale, so that thresholds read like 23.
         """
         image_features = self.clip.encode_image(normalize_pixels(thumbnails))    # (B, D)
         return 100 * F.normalize(image_features, dim=-1) @ self.W_q.T
@@ -649,7 +647,10 @@ class ReCLIP(nn.Module):
         return {key: value for key, value in state.items() if not key.startswith(FROZEN)}
 
     def fingerprint(self):
-        """sha256 of what was learnt. (That of a file changes with its name.)"""
+        """sha256 of what was learnt, as text.
+
+        Of the tensors, not of the file: torch.save writes the file's name into it.
+        """
         digest = hashlib.sha256()
         for key, value in sorted(self.learnt().items()):
             digest.update(key.encode() + value.cpu().numpy().tobytes())
@@ -734,8 +735,9 @@ class ReCLIP(nn.Module):
     def from_released(cls, path, class_names, recipe="cvpr2024", W_q=None, device="cpu"):
         """A segmenter from a rectification that the paper's authors published, in eval mode.
 
-        Nothing else is needed: the file holds the whole CLIP. "The authors' published files", near
-        the end of reclip.py, says what is in it and why it is read as it is.
+        No other weights are needed: the file holds the whole CLIP. (But OpenAI's vocabulary is.)
+        "The authors' published files", near the end of reclip.py, says what is in it and why it is
+        read as it is.
 
         class_names: the data set's, in the authors' order (datasets.VOC_CLASSES and so on).
         recipe: the files do not say which; that it is the paper's is inferred (see RECIPES).
@@ -984,14 +986,15 @@ def distillation_loss(mask_loss, feature_loss, text_loss, alpha=0.5, beta=0.5):
 #     text_encoder.prompt_token       v_1 .. v_73 of Eq. (1)
 #     proj_net.{0,3,6}, {1,4,7}       the positional net: convolutions with bias, batch norms
 #
-# The logits are the authors' own if three habits of their code are kept: eps 1e-6 in the layer
-# norms of the image tower's blocks (make_dense_visual), names cut to three tokens (cut_ending), and
-# convolutions with biases (fold_biases).
+# Under the recipe that a file was trained with, the logits are the authors' own if three habits of
+# their code are kept: that class token and eps 1e-6 in the layer norms of the image tower's blocks
+# (make_released_dense_visual), names cut to three tokens (cut_ending), and convolutions with biases
+# (fold_biases).
 
 def released_kind(path):
     """Which of the authors' files is this? "ReCLIP", "ReCLIP++", "student", or None: another file.
 
-    Told by its keys alone; whatever cannot be read is None, and whoever loads it says why.
+    Decided by its keys; whatever cannot be read is None, and whoever loads it says why.
     """
     try:
         keys = read_tensors(path, "meta").keys()
@@ -1011,9 +1014,10 @@ def open_rectification(path, class_names, clip=None, recipe=None, W_q_path=None,
 
     class_names: needed for the authors' files, which do not name their classes.
     clip: as ReCLIP.load takes it.
-    recipe: for the authors' files, cvpr2024 if None. A file of ours has been learnt under one and
-        keeps it.
-    W_q_path: a file that keeps the W_q of an authors' file from one time to the next; None: none.
+    recipe: of an authors' file; None: cvpr2024, of ReCLIP++ 2025, since it has no other. A file of
+        ours has been learnt under one and keeps it.
+    W_q_path: a file in which the W_q of an authors' file is kept for the next time; None: it is not
+        kept.
     Errors: FileNotFoundError, ValueError, as load and from_released raise them.
     """
     kind = released_kind(path)
@@ -1027,14 +1031,8 @@ def open_rectification(path, class_names, clip=None, recipe=None, W_q_path=None,
     if clip is not None:
         raise ValueError(f"{path} is a checkpoint that the authors published; it holds its own "
                          "CLIP, and no other can be given")
-    W_q = None
     origin = {"file": sha256_of(path), "class_names": list(class_names)}
-    try:
-        kept = torch.load(W_q_path, map_location=device, weights_only=True)
-        if kept["origin"] == origin:
-            W_q = kept["W_q"]
-    except Exception:  # none there, or no such file: it is made anew
-        pass
+    W_q = read_kept_W_q(W_q_path, origin, device)
 
     if kind == "ReCLIP++":
         if recipe not in (None, "2025"):
@@ -1046,6 +1044,20 @@ def open_rectification(path, class_names, clip=None, recipe=None, W_q_path=None,
         with written_atomically(W_q_path) as temporary:
             torch.save({"origin": origin, "W_q": model.W_q.cpu()}, temporary)
     return model
+
+
+def read_kept_W_q(path, origin, device):
+    """The W_q (C, D) that open_rectification kept in a file, or None: it must be made anew.
+
+    origin: what it must have been made from.
+    """
+    if path is None:
+        return None
+    try:
+        kept = torch.load(path, map_location=device, weights_only=True)
+        return kept["W_q"] if kept["origin"] == origin else None
+    except Exception:  # not there, or whatever a broken file provokes
+        return None
 
 
 def read_tensors(path, device="cpu"):

@@ -16,8 +16,9 @@ What stands here
     rectify_stage, distill_stage    a stage from a data set's name on: model, pseudo-labels, loop
     main                     the command line
 
-The hyper-parameters are datasets.Settings, with the source of each. The stream of training
-images yields images and names only: nothing here that learns reads a label of a data set.
+The hyper-parameters are datasets.Settings, with the source of each. The stream of training images
+yields images, which of their pixels are valid, and names: nothing here that learns reads a label of
+a data set.
 
 Symbols: B images per step, C classes, D width of CLIP's joint space; H x W pixels, h x w patches.
 """
@@ -42,7 +43,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from clip_model import MODELS, load_clip, written_atomically
+from clip_model import ATTENTIONS, MODELS, load_clip, written_atomically
 from datasets import (
     DATA,
     IGNORE,
@@ -60,8 +61,8 @@ from datasets import (
     read_classes,
     read_prompts,
 )
-from deeplab import DeepLabV2
-from eval import evaluate_stage, find_protocol
+from deeplab import HEADS, STUDENTS, DeepLabV2
+from eval import Column, best_device, check_device, evaluate_stage, find_protocol
 from reclip import (
     PROMPTS,
     RECIPES,
@@ -133,9 +134,10 @@ def train_rectification(model, split, labels, settings, run):
         )
         set_learning_rate(optimizer, lr)
 
-        # Which classes do these images hold? By CLIP's own guess on the whole image; no annotation
-        # is opened anywhere. A crop may have lost one of them: the mask of that class then holds
-        # something else, which is noise in the loss.
+        # Which classes do these images hold? CLIP's own guess, made once on the center square of
+        # each image, which is how CLIP sees images; no annotation is opened anywhere. The crop may
+        # not show all of them: the mask of a missing class then holds something else, which is
+        # noise in the loss.
         present = torch.stack([labels[name] for name in names]).to(run.device)   # (B, C) bool
 
         # Sec. 3.1: the patches as CLIP sees them. CLIP is frozen: no gradient passes here.
@@ -182,8 +184,8 @@ def train_distillation(teacher, student, split, labels, settings, run):
     split, labels, settings, run: as in train_rectification.
     -> the student, in eval mode
     """
-    # In eval mode M_p is what stage 1 ended with. In train mode the batch norms of its net would go
-    # on changing it, with the grid of the student's crops.
+    # Eval mode: M_p stays what stage 1 learnt. In train mode the batch norms of its net would use
+    # the statistics of this stage's grid, and M_p would change.
     teacher.eval()
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -233,7 +235,8 @@ def train_distillation(teacher, student, split, labels, settings, run):
             pseudo_labels = M.argmax(1).masked_fill(~valid, IGNORE)              # (B, H, W)
 
         # What the student says of the same images, and how far it is from that. On a GPU its
-        # convolutions run in bf16; its head and the text-guided loss stay in fp32 by themselves.
+        # convolutions run in bf16; DeepLabV2.rectify and text_guided_loss turn autocast off for
+        # themselves.
         with torch.autocast(run.device_type, torch.bfloat16, enabled=run.device_type == "cuda"):
             student_logits = student(images, valid)     # Logits: .rectified is M^D, .features is Z^
 
@@ -293,7 +296,8 @@ def average_gradients(parameters):
     """Under torchrun: replaces each gradient by its mean over the processes; alone: does nothing.
 
     All processes start from the same weights (the same seed) and take the same averaged step,
-    so that their weights stay equal.
+    so that their weights stay equal. (The running statistics of batch norms are each process's own;
+    those of process 0 are saved.)
     """
     if not dist.is_initialized():
         return
@@ -388,12 +392,15 @@ def new_student(teacher, settings, seed):
 
 # --- Image-level labels of the training images, Sec. 3.4 ------------------------------------------
 
-def origin_of(facts, settings, clip, split):
-    """All that pseudo-labels depend on: kept beside them, and part of what identifies a run."""
+def origin_of(facts, settings, clip, prompts, split):
+    """What pseudo-labels depend on: kept beside them, and part of what identifies a run.
+
+    But for the pixels: that an image was changed under its old name is not noticed.
+    """
     origin = {
         "data": facts.name,
         "classes": list(facts.classes),
-        "prompts": list(facts.prompts or PROMPTS),
+        "prompts": list(prompts),
         "clip": clip.sha256,
         "threshold": settings.threshold,
         "top_k": settings.top_k,
@@ -442,7 +449,7 @@ def label_training_set(model, split, settings, origin, path, workers=0):
 
 
 def find_in_thumbnails(model, split, settings, workers):
-    """ReCLIP's rule (Sec. 3.4): {name: list of the class indices found in the whole image}."""
+    """ReCLIP's rule (Sec. 3.4): {name: list of the class indices found in its thumbnail}."""
     found = {}
     progress = Progress("image-level labels", len(split))
     thumbnails = Thumbnails(split, model.clip.input_resolution)
@@ -484,7 +491,7 @@ def read_image_labels(path, origin, names):
 
 
 def print_label_histogram(found, class_names):
-    """In how many images was each class found? A class never found wants another name."""
+    """In how many images was each class found? A class never found needs another name."""
     print(f"images that each class was found in, of {len(found)}:")
     for c, name in enumerate(class_names):
         count = sum(c in classes for classes in found.values())
@@ -745,7 +752,7 @@ def rectify_stage(facts, settings, split, clip_name, labels_path, run):
     clip = load_clip(clip_name or facts.clip, run.device)
     model = new_reclip(clip, facts, settings, run.seed)
 
-    origin = origin_of(facts, settings, clip, split)
+    origin = origin_of(facts, settings, clip, model.prompts, split)
     with rank_0_first():
         labels = label_training_set(model, split, settings, origin, labels_path, run.workers)
 
@@ -775,7 +782,7 @@ def distill_stage(facts, settings, split, clip_name, teacher_path, labels_path, 
                          f"{', '.join(teacher.class_names)}")
     student = new_student(teacher, settings, run.seed)
 
-    origin = origin_of(facts, settings, teacher.clip, split)
+    origin = origin_of(facts, settings, teacher.clip, teacher.prompts, split)
     with rank_0_first():
         labels = label_training_set(teacher, split, settings, origin, labels_path, run.workers)
 
@@ -791,7 +798,7 @@ def print_table(rows, facts, split_name, labelled, settings, workers):
     labelled: the split with its truth. settings: datasets.Settings, for the protocols.
     """
     lines = []
-    measured = {}  # title: (model, stage, mIoU)
+    measured = {}  # title: Column
     for title, model, stage, folder, beside in rows:
         others = [measured[earlier] for earlier in beside]
         protocol = find_protocol(settings, stage)
@@ -799,7 +806,7 @@ def print_table(rows, facts, split_name, labelled, settings, workers):
         result = evaluate_stage(
             model, stage, facts, split_name, dataset, protocol, folder, others, workers
         )
-        measured[title] = (model, stage, result["miou"])
+        measured[title] = Column(model, stage, dataset, protocol, result["miou"])
         lines.append(f"  {title:<28}{100 * result['miou']:5.1f}")
 
     print(f"\n{facts.name} {split_name}, mIoU")
@@ -808,19 +815,22 @@ def print_table(rows, facts, split_name, labelled, settings, workers):
 
 # --- Command line ---------------------------------------------------------------------------------
 
+# Settings that are one of a few words
+CHOICES = {
+    "reference_norm": ("frobenius", "class"),
+    "pool": ("global", "mask"),
+    "attention": ATTENTIONS,
+    "student": tuple(STUDENTS),
+    "head": HEADS,
+}
+
+
 def make_parser():
     """The options of the command line, without the checks of what fits together."""
-    best_device = "cpu"
-    if torch.backends.mps.is_available():
-        best_device = "mps"
-    if torch.cuda.is_available():
-        best_device = "cuda"
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    # paper and pretrain were stages once: they are answered with the program's name.
-    add("--stage", choices=["all", "rectify", "distill", "paper", "pretrain"], default="all",
-        metavar="{all,rectify,distill}", help="all: both stages and a table (default)")
+    add("--stage", choices=["all", "rectify", "distill"], default="all",
+        help="all: both stages and a table (default)")
     add("--data", default="shapes",
         help=f"{', '.join(DATA)}, or a folder of your own images (default: shapes)")
     add("--classes",
@@ -840,7 +850,7 @@ def make_parser():
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--epochs", type=int,
         help="short for --rectify-epochs, with --stage distill for --distill-epochs")
-    add("--device", default=best_device, help="cpu, cuda, mps (default: the best there is)")
+    add("--device", default=best_device(), help="cpu, cuda, mps (default: the best there is)")
     add("--workers", type=int,
         help="processes that decode images (default: 4 beside a GPU, else 0)")
     add("--cache", action=argparse.BooleanOptionalAction,
@@ -861,7 +871,7 @@ def make_parser():
         if field.name in ("recipe", "method"):
             continue
         spellings = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
-        kind = {"type": field.type}
+        kind = {"type": field.type, "choices": CHOICES.get(field.name)}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         group.add_argument(*spellings, default=None, help=describe(field), **kind)
@@ -885,9 +895,6 @@ def describe(field):
 def parse_arguments(argv=None):
     """The command line as (args, facts of the data set, settings). ValueError: it does not fit."""
     args = make_parser().parse_args(argv)
-    if args.stage in ("paper", "pretrain"):
-        raise ValueError(f"--stage {args.stage} is a program of its own now: "
-                         f"python tests/{args.stage}.py")
     if args.teacher and args.stage != "distill":
         raise ValueError("--teacher goes with --stage distill alone")
     if args.prompts and args.stage == "distill":
@@ -903,6 +910,8 @@ def parse_arguments(argv=None):
                          "--stage rectify or distill")
     if facts.splits:
         args.split = args.split or facts.splits[-1]
+    if args.split and not facts.splits:
+        raise ValueError(f"--split {args.split}: your own images have no splits")
     if args.split and args.split not in facts.splits:
         raise ValueError(f"--split {args.split}: {args.data} has {', '.join(facts.splits)}")
 
@@ -932,11 +941,7 @@ def parse_arguments(argv=None):
     if args.teacher is None:
         args.teacher = args.out / "rectify.pt"
 
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} is not available here ({reason})") from None
+    check_device(args.device)
     return args, facts, settings
 
 
@@ -961,7 +966,7 @@ def join_processes(stage, device):
     -> the device of this process
     """
     if stage == "all":
-        raise ValueError("--stage all is a matter of one process: torchrun goes with rectify and "
+        raise ValueError("--stage all runs in one process: torchrun goes with rectify and "
                          "distill")
     backend = "gloo"
     if device.startswith("cuda"):
@@ -972,8 +977,8 @@ def join_processes(stage, device):
     # An hour, since the others wait while process 0 labels all of ADE20K.
     dist.init_process_group(backend, timeout=timedelta(hours=1))
     if dist.get_rank() == 0:
-        print(f"{dist.get_world_size()} processes: so many times the images per step, and fewer "
-              "steps; the learning rate stays")
+        print(f"{dist.get_world_size()} processes: each step has that many times the images, and "
+              "there are fewer steps; the learning rate stays")
     return device
 
 

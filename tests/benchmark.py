@@ -58,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip_model import CLIP, Tokenizer, normalize_pixels, written_atomically  # noqa: E402
 from datasets import DATA, Augment, Evaluation, Files, TrainingStream, find_settings  # noqa: E402
 from deeplab import DeepLabV2  # noqa: E402
-from eval import find_protocol, predict_mask  # noqa: E402
+from eval import best_device, check_device, find_protocol, predict_mask  # noqa: E402
 from pretrain import learn_merges  # noqa: E402  (of this folder)
 from reclip import (  # noqa: E402
     ReCLIP,
@@ -594,10 +594,9 @@ def print_rectification(data, result):
 
 
 def main(argv=None):
-    best_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--device", default=best_device, help="cpu or cuda (default: the best there is)")
+    add("--device", default=best_device(), help="cpu or cuda (default: the best there is)")
     add("--threads", type=int, default=1, help="of the CPU (default: 1)")
     add("--repeat", type=int, default=5, help="rounds (default: 5)")
     add("--json", default="runs/benchmark.json",
@@ -605,6 +604,9 @@ def main(argv=None):
     add("--quick", action="store_true",
         help="VOC alone, tiny networks, one round: to see that it works")
     args = parser.parse_args(argv)
+    check_device(args.device)
+    if args.threads < 1 or args.repeat < 1:
+        raise ValueError("--threads and --repeat must be 1 or more")
 
     torch.set_num_threads(args.threads)
     Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
@@ -643,4 +645,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"benchmark.py: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit("benchmark.py: stopped, nothing was written")

@@ -9,7 +9,7 @@ Rows that are missing are trained, several at a time; stopped, the same command 
 stopped. In <out>/paper (by default runs/shapes/paper) it leaves
 
     report.md                every number beside the paper's, and what did not come out
-    table1.csv .. table7.csv, controls.csv, attention.csv
+    table1.csv .. table7.csv, sequel.csv, controls.csv, attention.csv
     figure1a.png             mIoU by the distance of the object from the center of the image
     figure1b.png             which of the classes that CLIP confuses are confused less
     figure3.png              heat maps of M_q, M_r, M_p and M
@@ -82,6 +82,8 @@ from eval import (  # noqa: E402
     GREY,
     INK,
     WHITE,
+    best_device,
+    check_device,
     color_mask,
     confusion_matrix,
     find_protocol,
@@ -90,7 +92,7 @@ from eval import (  # noqa: E402
     scores,
     with_legend,
 )
-from reclip import FROZEN, RECIPES, ReCLIP  # noqa: E402
+from reclip import FROZEN, PROMPTS, RECIPES, ReCLIP  # noqa: E402
 from train import (  # noqa: E402
     Run,
     label_training_set,
@@ -118,7 +120,8 @@ class Row(NamedTuple):
     title: str
     stage: str          # one of STAGES
     changes: dict = {}  # settings that differ from the data set's own
-    paper: tuple = (None, None, None)  # the paper's mIoU on VOC, Context, ADE20K; None: not given
+    # The paper's mIoU on VOC, Context, ADE20K (the sequel's own, of "plusplus"); None: not given
+    paper: tuple = (None, None, None)
     control: str = ""   # "one number": ConstantBias; "other labels": those of other images
 
 
@@ -266,7 +269,7 @@ def make_plan(settings, rectification_only, seeds, clip_sha256):
 
 
 def write_plan(plan, path):
-    """plan.json: the report can be made from it alone, whatever ROWS says by then."""
+    """plan.json: --report-only then shows the rows that were made, whatever ROWS says by then."""
     rows = {name: row._asdict() for name, row in plan.rows.items()}
     with written_atomically(path) as temporary:
         temporary.write_text(json.dumps(plan._asdict() | {"rows": rows}, indent=1))
@@ -277,9 +280,13 @@ def read_plan(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run python tests/paper.py first, without "
                                 "--report-only")
-    content = json.loads(path.read_text())
-    rows = {name: Row(**row) for name, row in content["rows"].items()}
-    return Plan(**(content | {"rows": rows}))
+    try:
+        content = json.loads(path.read_text())
+        rows = {name: Row(**row) for name, row in content["rows"].items()}
+        return Plan(**(content | {"rows": rows}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or of another version: run python tests/paper.py "
+                         "without --report-only") from error
 
 
 def seeds_of(row, plan):
@@ -402,7 +409,7 @@ def image_labels(experiment, model, split, settings):
     origin = experiment.origin
     if settings.label_window:
         path = experiment.out / "window_labels.json"
-        origin = origin_of(experiment.facts, settings, model.clip, split)
+        origin = origin_of(experiment.facts, settings, model.clip, model.prompts, split)
     return label_training_set(model, split, settings, origin, path, experiment.workers)
 
 
@@ -477,9 +484,9 @@ def load_constant_bias(path, clip, device):
 
 @torch.no_grad()
 def subtract_mean_logit(model, thumbnails):
-    """A control: the mean of M_q over all patches of the training images, subtracted from M_q.
+    """A control: M_q minus its mean over the patches of all thumbnails, class by class.
 
-    What a constant per class can mend needs no training at all.
+    It shows what a constant per class brings without any training.
     """
     means = []
     for images, _ in DataLoader(thumbnails, 32):
@@ -622,6 +629,7 @@ def measured_row(experiment, plan, name, seed):
         "stage": row.stage,
         "changes": row.changes,
         "control": row.control,
+        "edges": EDGES,
         "clip": plan.clip_sha256,
         "checkpoint": fingerprint_of(path) if path else None,
     }
@@ -656,7 +664,8 @@ def measured_row(experiment, plan, name, seed):
 def describe_protocol(experiment, row):
     """All without which the number of a row means nothing, in a line."""
     facts = experiment.facts
-    return (f"{facts.name} {experiment.split}, recipe {experiment.settings.recipe}, "
+    recipe = experiment.settings_of(row).recipe
+    return (f"{facts.name} {experiment.split}, recipe {recipe}, "
             f"{experiment.protocol_of(row).describe()}, {facts.background}")
 
 
@@ -773,7 +782,7 @@ def draw_tiles(rows, entries=(), tile=136, gap=8):
 
 
 def draw_curves(curves, x, title, x_label):
-    """Figure 1(a). curves: {name: as many y, in percent, as x has, in 0 .. 1; nan is a gap}."""
+    """Figure 1(a). curves: {name: y in percent, one for each x; nan leaves a gap}. x: in 0 .. 1."""
     left, top, right, bottom = 44, 34, 484, 294    # the axes, pixels
     seen = [y for ys in curves.values() for y in ys if not math.isnan(y)]
     low = 10 * int(min(seen, default=0) // 10)
@@ -799,7 +808,7 @@ def draw_curves(curves, x, title, x_label):
 
     radius = 8  # falling from curve to curve: what is covered still shows as a ring
     for color, ys in zip(SERIES, curves.values()):
-        points = [(across(a), up(b)) for a, b in zip(x, ys)]
+        points = [(across(a), up(b)) for a, b in zip(x, ys, strict=True)]
         for (x_1, y_1), (x_2, y_2) in pairwise(points):
             if not math.isnan(y_1) and not math.isnan(y_2):
                 pen.line([x_1, y_1, x_2, y_2], color, 3)
@@ -848,8 +857,9 @@ def draw_matrices(confusions, class_names, titles, high=30):
 def draw_figure_3(model, facts, dataset, protocol, count=3, among=200):
     """Figure 3: M_q, M_r, M_p and M of two classes, one of which CLIP took for the other.
 
-    Of the first `among` images those `count` in which rectification mends most pixels of one class
-    that CLIP took for one other: chosen to show what it does, not how often it does it.
+    Which images? For each pair (true class, what CLIP took it for) that one of the first `among` in
+    which rectification mends most pixels; of these the `count` best. So they show what it does, not
+    how often it does it.
 
     model: a ReCLIP in eval mode. dataset: an Evaluation. -> RGB image
     """
@@ -1012,7 +1022,8 @@ def write_table(plan, names, percent, column, path):
     with written_atomically(path) as temporary:
         with open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["row", "mean", f"paper, {column}", "one a seed"])
+            titles = [f"seed {seed}" for seed in range(plan.seeds)]
+            writer.writerow(["row", "mean", f"paper, {column}", *titles])
             for name in names:
                 row = plan.rows[name]
                 published = row.paper[PUBLISHED.index(column)]
@@ -1048,14 +1059,14 @@ def table_lines(experiment, plan, percent):
 
 
 def comparison_lines(experiment, plan, percent):
-    """Does each step from row to row of the paper go the same way here, and beat the controls?"""
+    """Which steps of the paper's tables go the same way here, and does "both" beat the controls?"""
     published = {}
     for name, row in plan.rows.items():
         published[name] = row.paper[PUBLISHED.index(paper_column(experiment))]
 
     steps = {}  # (from, to) -> gain that is expected; of the controls only the sign
     for _, names in plan.tables.values():
-        in_paper = [name for name in names if published[name]]
+        in_paper = [name for name in names if published[name] and name != "plusplus"]
         for a, b in pairwise(in_paper):
             steps[a, b] = published[b] - published[a]
     if "controls" in plan.tables:
@@ -1108,7 +1119,6 @@ def training_time_lines(experiment, plan):
 # --- Command line ---------------------------------------------------------------------------------
 
 def parse_arguments(argv=None):
-    best_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", choices=list(DATA), default="shapes", help="data set (default: shapes)")
@@ -1127,7 +1137,7 @@ def parse_arguments(argv=None):
         help="without the rows that need a student")
     add("--report-only", "--report_only", action="store_true",
         help="train nothing: tables, figures and report from what is there")
-    add("--device", default=best_device, help="cpu or cuda (default: the best there is)")
+    add("--device", default=best_device(), help="cpu or cuda (default: the best there is)")
     add("--workers", type=int,
         help="processes that decode images (default: 4 beside a GPU, else 0)")
     args = parser.parse_args(argv)
@@ -1145,11 +1155,7 @@ def parse_arguments(argv=None):
     args.clip = args.clip or facts.clip
     if args.workers is None:
         args.workers = 4 if args.device.startswith("cuda") else 0
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} is not available here ({reason})") from None
+    check_device(args.device)
     return args
 
 
@@ -1170,13 +1176,14 @@ def main(argv=None):
     if args.report_only:
         plan = read_plan(plan_path)
     clip = load_clip(args.clip)
+    train_split = open_split(args.data, args.root, "train")
     experiment = Experiment(
         facts=facts,
         settings=settings,
         sequel=sequel,
         root=args.root,
         clip=args.clip,
-        origin=origin_of(facts, settings, clip, open_split(args.data, args.root, "train")),
+        origin=origin_of(facts, settings, clip, facts.prompts or PROMPTS, train_split),
         out=args.out,
         split=args.split,
         device=args.device,

@@ -344,3 +344,13 @@ def test_losses_under_autocast_are_in_full_precision(teacher, student, pictures,
     loss.backward()
     assert loss.dtype == torch.float32 and math.isfinite(loss.item())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+
+    # A sum would be in fp32 for one such term: so the term that must be is looked at by itself.
+    own = student(pictures)
+    texts = (teacher.W_q, labels, teacher.tau_1, teacher.tau, teacher.pool)
+    torch.manual_seed(0)
+    outside = text_guided_loss(own.rectified, own.features, *texts)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = text_guided_loss(own.rectified, own.features, *texts)
+    assert torch.equal(inside, outside)

@@ -72,7 +72,7 @@ def command(make_voc, tiny_clip_file, tmp_path):
 
 
 def gradients_of_rank(rank, port, file):
-    """One step of fit on half of the batch; rank 0 stores the averaged gradients."""
+    """One step on half of the batch; rank 0 stores the averaged gradients."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -95,9 +95,7 @@ def one_step(first, count):
         load_clip(facts.clip), facts.classes, prompts=facts.prompts, tau=0.033, tau_1=1e-6
     ).train()
     model.double()  # no rounding to hide behind
-    Z = model.features(
-        torch.rand(4, 3, 64, 64, dtype=torch.float64)
-    )  # tau_1: the masks hardly feel the noise, which differs by rank
+    Z = model.features(torch.rand(4, 3, 64, 64, dtype=torch.float64))
     labels = torch.rand(4, 8) > 0.5
     labels[:, 0] = True
     parts = model.learnable_modules()
@@ -145,7 +143,7 @@ def test_averaged_gradient_of_two_ranks_is_that_of_the_joined_batch(tmp_path):
         assert (apart[name] - gradient).norm() <= 1e-12 * max(1, gradient.norm()), name
 
 
-def test_two_ranks_see_different_pictures_write_once_and_resume(command, tmp_path):
+def test_two_ranks_share_the_steps_and_one_alone_cannot_resume(command, tmp_path):
     """5 pictures, 2 epochs, 2 ranks: 5 steps of 2 pictures, uneven to the epoch; rank 0 writes
     log and checkpoint.
     """
@@ -232,4 +230,4 @@ def test_a_killed_rank_ends_the_other_with_a_sentence(command, tmp_path):
 def test_stages_of_one_process_are_refused_under_torchrun(tmp_path):
     (rank,) = torchrun(["--stage", "all", "--device", "cpu", "--out", str(tmp_path)], processes=1)
     _, errors = rank.communicate(timeout=120)
-    assert rank.returncode == 1 and "train.py: --stage all is a matter of one process" in errors
+    assert rank.returncode == 1 and "train.py: --stage all runs in one process" in errors

@@ -19,6 +19,7 @@ from deeplab import DeepLabV2
 from eval import (
     GREY,
     WHITE,
+    Column,
     Protocol,
     color_mask,
     confusion_matrix,
@@ -364,8 +365,11 @@ def test_examples_have_the_grey_pixels_of_the_truth_in_every_column_of_masks():
     facts = DATA["shapes"]
     dataset = Evaluation(open_split("shapes", None, "val"), 64, 64)
     model = open_model("clip", None, facts)
-    columns = [(model, "clip", None), (model, "rectify", 0.123)]
-    sheet = draw_examples(columns, dataset, facts, Protocol(64, 64), count=2)
+    columns = [
+        Column(model, "clip", dataset, Protocol(64, 64)),
+        Column(model, "rectify", dataset, Protocol(64, 64), 0.123),
+    ]
+    sheet = draw_examples(columns, facts, count=2)
 
     grey = (np.array(sheet) == GREY).all(-1)
     for top in (28, 172):  # two rows of tiles of 136, every 144
@@ -407,11 +411,12 @@ def test_examples_are_those_in_which_the_masks_differ_most(monkeypatch):
 
     monkeypatch.setattr(evaluation, "predict_mask", mask_of)
     monkeypatch.setattr(evaluation, "draw_grid", no_grid)
-    first, last = ("first", "clip", None), ("last", "distill", 0.5)
-    columns = [first, ("middle", "rectify", None), last]
-    draw_examples(columns, dataset, DATA["shapes"], None, count=4)
-    draw_examples(columns, dataset, DATA["shapes"], None, count=2, among=4)
-    draw_examples([last], dataset, DATA["shapes"], None, count=3)
+    first = Column("first", "clip", dataset, None)
+    last = Column("last", "distill", dataset, None, 0.5)
+    columns = [first, Column("middle", "rectify", dataset, None), last]
+    draw_examples(columns, DATA["shapes"], count=4)
+    draw_examples(columns, DATA["shapes"], count=2, among=4)
+    draw_examples([last], DATA["shapes"], count=3)
     titles = ["image", "truth", "CLIP", "rectified", "distilled 50.0"]
     assert shown[0] == ([2, 5, 4, 0], titles)
     assert shown[1][0] == [2, 0]
@@ -525,7 +530,7 @@ def test_a_checkpoint_is_known_by_what_was_learnt(tmp_path):
     few = torch.utils.data.Subset(dataset, [0])
     evaluation.evaluate_stage(
         changed.eval(), "rectify", facts, "val", few, Protocol(64, 64), tmp_path,
-        [(changed, "clip", None)],
+        [evaluation.Column(changed, "clip", few, Protocol(64, 64))],
     )
     text = (tmp_path / "eval_rectify.json").read_text()
     report = json.loads(text)
@@ -692,7 +697,9 @@ def test_errors_are_sentences(tmp_path):
     (["--background-threshold", "2"], "must lie in 0..1"),
     (["--attention", "sclip"], "--attention goes with --stage clip"),
     (["--stage", "clip", "--images", "nothing.jpg", "--classes", "coin, ring"], "nothing.jpg"),
-    (["--stage", "paper"], "python tests/paper.py"),
+    (["--stage", "clip", "--checkpoint", "a.pt"], "--checkpoint goes with --stage rectify"),
+    (["--stage", "distill", "--clip", "ViT-B/16"], "--clip goes with --stage clip and rectify"),
+    (["--images", ".", "--checkpoint", "a.pt", "--split", "val"], "have no splits"),
 ])
 def test_options_that_do_not_fit_end_in_one_sentence(options, words, tmp_path):
     clip_file = ROOT / "shapes_clip.pt"

@@ -611,7 +611,7 @@ def test_labels_are_kept_by_name_and_not_computed_again(clip, folder, tmp_path, 
 
     def labels_of(settings=settings):
         split = datasets.open_split(str(folder), None, "train")
-        origin = train.origin_of(facts, settings, clip, split)
+        origin = train.origin_of(facts, settings, clip, PROMPTS, split)
         return train.label_training_set(model, split, settings, origin, path)
 
     first = labels_of()
@@ -650,7 +650,7 @@ def test_kept_labels_of_own_images_are_made_anew_for_other_sides(clip, folder, t
         settings = find_settings(
             str(folder), method="reclip++", rectify_short_side=short_side, label_window=30
         )
-        origin = train.origin_of(facts, settings, clip, split)
+        origin = train.origin_of(facts, settings, clip, PROMPTS, split)
         labels = train.label_training_set(
             model, split, settings, origin, tmp_path / "labels.json"
         )

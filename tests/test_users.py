@@ -455,6 +455,30 @@ def test_prompts_reach_training_on_own_images(prompts_file, coins, tmp_path):
     assert torch.equal(learnt_texts(out), expected)
 
 
+def test_distillation_keeps_the_labels_of_its_teachers_prompts(
+    prompts_file, few_shapes, tmp_path
+):
+    """They are not made anew, and not taken for those of the data set's own prompts."""
+    command = ["--epochs", "1", "--device", "cpu", "--out", str(tmp_path)]
+    train.main(["--stage", "rectify", *command, "--prompts", str(prompts_file)])
+    labels = (tmp_path / "image_labels.json").read_bytes()
+    train.main(["--stage", "distill", *command])
+    assert (tmp_path / "image_labels.json").read_bytes() == labels
+
+
+def test_a_class_named_background_beside_a_threshold(coins, tmp_path):
+    command = [
+        "--stage", "clip", "--images", str(coins), "--classes", "coin, background",
+        "--clip", str(SHAPES_CLIP), "--device", "cpu", "--out", str(tmp_path),
+    ]
+    with pytest.raises(ValueError, match="a class is named so too") as caught:
+        evaluation.main([*command, "--background-threshold", "0.5"])
+    one_sentence(caught)
+    evaluation.main(command)
+    areas = json.loads((tmp_path / "masks" / "0.png.json").read_text())["areas"]
+    assert sum(areas.values()) == pytest.approx(1)
+
+
 def test_prompts_go_with_all_stages_at_once(prompts_file):
     _, facts, _ = train.parse_arguments(["--prompts", str(prompts_file)])
     assert facts.prompts == TEMPLATES
