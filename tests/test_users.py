@@ -467,9 +467,11 @@ def test_distillation_keeps_the_labels_of_its_teachers_prompts(
 
 
 def test_a_class_named_background_beside_a_threshold(coins, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("a {}")
     command = [
-        "--stage", "clip", "--images", str(coins), "--classes", "coin, background",
-        "--clip", str(SHAPES_CLIP), "--device", "cpu", "--out", str(tmp_path),
+        "--stage", "clip", "--images", str(coins), "--classes", "coin, background", "--prompts",
+        str(short), "--clip", str(SHAPES_CLIP), "--device", "cpu", "--out", str(tmp_path),
     ]
     with pytest.raises(ValueError, match="a class is named so too") as caught:
         evaluation.main([*command, "--background-threshold", "0.5"])
