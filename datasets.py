@@ -446,7 +446,7 @@ SETTINGS = {
     "own": Settings(denoise=0.0),
     # All ours, chosen on shapes' val split. The cosines of its tiny CLIP differ by 0.2 where those
     # of OpenAI's differ by 0.02: hence its higher temperatures and threshold. Each class has its
-    # own prompt: a shared one gained 5.0 on val where this gains 8.4 (three CLIPs, three seeds), as
+    # own prompt: a shared one gained 5.0 on val where this gained 8.4 (three CLIPs, three seeds), as
     # a text encoder of two layers makes much the same of it before every name.
     "shapes": Settings(
         rectify_epochs=20,

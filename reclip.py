@@ -103,6 +103,7 @@ class Recipe(NamedTuple):
 # numbers. For patches it runs CLIP's image tower with another activation and normalization than
 # CLIP was trained with. 2025 runs it as it was trained, and so do we on shapes and on images of
 # your own. In both, texts and whole images (the pseudo-labels) are encoded as CLIP was trained.
+# Where nothing is said, ReCLIP() takes 2025, and train.py on the benchmarks cvpr2024.
 RECIPES = {
     "cvpr2024": Recipe(True, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
     "2025": Recipe(False, MEAN, STD),                                        # CLIP's

@@ -58,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip_model import CLIP, Tokenizer, normalize_pixels, written_atomically  # noqa: E402
 from datasets import DATA, Augment, Evaluation, Files, TrainingStream, find_settings  # noqa: E402
 from deeplab import DeepLabV2  # noqa: E402
-from eval import best_device, check_device, find_protocol, predict_mask  # noqa: E402
+from eval import check_device, find_protocol, predict_mask  # noqa: E402
 from pretrain import learn_merges  # noqa: E402  (of this folder)
 from reclip import (  # noqa: E402
     ReCLIP,
@@ -594,9 +594,10 @@ def print_rectification(data, result):
 
 
 def main(argv=None):
+    best_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--device", default=best_device(), help="cpu or cuda (default: the best there is)")
+    add("--device", default=best_device, help="cpu or cuda (default: the best there is)")
     add("--threads", type=int, default=1, help="of the CPU (default: 1)")
     add("--repeat", type=int, default=5, help="rounds (default: 5)")
     add("--json", default="runs/benchmark.json",

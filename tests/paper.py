@@ -82,7 +82,6 @@ from eval import (  # noqa: E402
     GREY,
     INK,
     WHITE,
-    best_device,
     check_device,
     color_mask,
     confusion_matrix,
@@ -1119,6 +1118,7 @@ def training_time_lines(experiment, plan):
 # --- Command line ---------------------------------------------------------------------------------
 
 def parse_arguments(argv=None):
+    best_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", choices=list(DATA), default="shapes", help="data set (default: shapes)")
@@ -1137,7 +1137,7 @@ def parse_arguments(argv=None):
         help="without the rows that need a student")
     add("--report-only", "--report_only", action="store_true",
         help="train nothing: tables, figures and report from what is there")
-    add("--device", default=best_device(), help="cpu or cuda (default: the best there is)")
+    add("--device", default=best_device, help="cpu or cuda (default: the best there is)")
     add("--workers", type=int,
         help="processes that decode images (default: 4 beside a GPU, else 0)")
     args = parser.parse_args(argv)
