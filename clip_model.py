@@ -12,7 +12,7 @@ What stands here, from top to bottom
       .value_path             its last layer as MaskCLIP and ReCLIP read it (Sec. 3.1)
       .read_patches           that, and how later papers read it (ATTENTIONS)
     VisionTransformer         image -> tokens; its positional embedding is p of Sec. 3.3
-    second_reading            the same weights, run with another activation or class token
+    patch_tower               the same weights, run with another activation or class token
     CLIP                      the model; its parameter names are the keys of OpenAI's checkpoints
       .encode_image           (B, 3, H, W) -> (B, D)        one vector per image
       .encode_image_dense     (B, 3, H, W) -> (B, D, h, w)  one vector per patch: Z of Sec. 3.1
@@ -604,7 +604,7 @@ class VisionTransformer(nn.Module):
         return x, size
 
 
-def second_reading(visual, exact_gelu=False, class_token=None, eps=None):
+def patch_tower(visual, exact_gelu=False, class_token=None, eps=None):
     """The same image tower once more, to be run in another way; its weights are not copied.
 
     To read patches, the authors of ReCLIP ran the tower with another activation than CLIP was
@@ -723,7 +723,7 @@ class CLIP(nn.Module):
         Args:
             images: (B, 3, H, W), normalized (normalize_pixels); any size.
             attention: one of ATTENTIONS; "maskclip" is the paper's.
-            visual: a second_reading of this CLIP's image tower; None: the tower itself.
+            visual: a patch_tower of this CLIP's image tower; None: the tower itself.
 
         Returns: (B, D, h, w), h = ceil(H / patch), w = ceil(W / patch); vectors not of length 1.
         """

@@ -332,7 +332,8 @@ class Settings:
         "tiny (shapes)")
     head: str = option(
         "query_reference", "Table 6: original, query, query_reference, query_reference_positional")
-    backbone_weights: str = option("imagenet", "start of the backbone: imagenet (ours), a file, or none")
+    backbone_weights: str = option(
+        "imagenet", "start of the backbone: imagenet (ours), a file, or none")
     distill_epochs: int = option(100, "epochs of distillation (released)")
     distill_batch: int = option(16, "images a step (released)")
     distill_lr: float = option(0.01, "learning rate of SGD (Sec. 4.1), poly over all epochs")
@@ -446,8 +447,8 @@ SETTINGS = {
     "own": Settings(denoise=0.0),
     # All ours, chosen on shapes' val split. The cosines of its tiny CLIP differ by 0.2 where those
     # of OpenAI's differ by 0.02: hence its higher temperatures and threshold. Each class has its
-    # own prompt: a shared one gained 5.0 on val where this gained 8.4 (three CLIPs, three seeds), as
-    # a text encoder of two layers makes much the same of it before every name.
+    # own prompt: a shared one gained 5.0 on val where this gained 8.4 (three CLIPs, three seeds),
+    # as a text encoder of two layers makes much the same of it before every name.
     "shapes": Settings(
         rectify_epochs=20,
         rectify_poly_epochs=20,

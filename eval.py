@@ -10,7 +10,8 @@ What stands here
     predict_split, evaluate_stage  a model on a whole split: table, JSON, image of examples
     color_mask, draw_...           masks as images
     segment_images                 masks of your own images, three files each
-    open_model, main               the command line
+    plain_clip, open_student       models, as the command line names them
+    main                           the command line
 
 Symbols
     C classes; (H, W) size of the image that the network sees, (H0, W0) size of its truth and mask
@@ -604,60 +605,41 @@ def save_index(mask, palette, path):
 
 # --- Command line ---------------------------------------------------------------------------------
 
-def open_model(
-    stage,
-    path,
-    facts,
-    clip_name=None,
-    device="cpu",
-    attention="maskclip",
-    recipe=None,
-    teacher=None,
-    W_q_path=None,
-):
-    """The model that a stage names, in eval mode.
+def plain_clip(facts, clip, attention="maskclip", recipe="2025"):
+    """ReCLIP without its two biases, in eval mode: M = M_q, which is MaskCLIP.
 
-    stage: "rectify" or "distill", the checkpoint at path, ours or one that the authors published;
-        "clip": plain CLIP, which needs none.
-    facts: DataFacts; a checkpoint must be of the same classes, unless facts names none.
-    clip_name: as load_clip knows it; None: where the checkpoint found it, or the data set's.
-    attention: of plain CLIP; a checkpoint keeps its own.
-    recipe: of plain CLIP or of a published file; a checkpoint of ours keeps its own.
-    teacher: the rectification that a published student takes W_q and W_r from.
-    W_q_path: as open_rectification takes it.
+    facts: DataFacts, for class names and prompts. clip: a CLIP.
+    attention, recipe: as ReCLIP takes them.
     """
-    clip = None
-    if stage == "clip" or clip_name:
-        clip = load_clip(clip_name or facts.clip, device)
+    return ReCLIP(
+        clip,
+        facts.classes,
+        prompts=facts.prompts or PROMPTS,
+        prompt_length=0,
+        positional_channels=0,
+        attention=attention,
+        recipe=recipe,
+    ).eval()
 
-    if stage == "clip":
-        # ReCLIP without its two biases: M = M_q, which is MaskCLIP.
-        model = ReCLIP(
-            clip,
-            facts.classes,
-            prompts=facts.prompts or PROMPTS,
-            prompt_length=0,
-            positional_channels=0,
-            attention=attention,
-            recipe=recipe or "2025",
-        )
-        return model.eval()
 
-    if stage == "rectify":
-        model = open_rectification(path, facts.classes, clip, recipe, W_q_path, device)
-    elif released_kind(path) != "student":
-        model = DeepLabV2.load(path, device)
-        if recipe not in (None, model.recipe):
-            raise ValueError(f"{path} was learnt under the recipe {model.recipe} and is evaluated "
-                             f"under no other, such as {recipe}")
-    else:
+def open_student(path, class_names, teacher=None, recipe=None, device="cpu"):
+    """A student in eval mode: a file of DeepLabV2.save, or one that the authors published.
+
+    class_names, teacher: of a published file, which names no classes, and whose W_q and W_r are in
+        the rectification published beside it; teacher is that one, a ReCLIP.
+    recipe: a student of ours keeps its own, and is refused under another.
+    Errors: FileNotFoundError, ValueError, as load and from_released raise them.
+    """
+    if released_kind(path) == "student":
         if teacher is None or teacher.method != "reclip":
             raise ValueError(f"{path} is a student that the authors published; its W_q and W_r are "
                              "in the rectification published beside it: give that with --teacher")
-        model = DeepLabV2.from_released(path, facts.classes, *teacher.heads(), device)
-    if facts.classes and facts.classes != model.class_names:
-        raise ValueError(f"{path} was made for other classes than are asked for: "
-                         f"{', '.join(model.class_names)}")
+        return DeepLabV2.from_released(path, class_names, *teacher.heads(), device)
+
+    model = DeepLabV2.load(path, device)
+    if recipe not in (None, model.recipe):
+        raise ValueError(f"{path} was learnt under the recipe {model.recipe} and is evaluated "
+                         f"under no other, such as {recipe}")
     return model
 
 
@@ -856,26 +838,29 @@ def main(argv=None):
     path = args.checkpoint or args.out / f"{args.stage}.pt"
     teacher_path = args.teacher or args.out / "rectify.pt"
     W_q_path = args.out / "W_q.pt"
-    attention = args.attention or "maskclip"
 
-    # Plain CLIP has no checkpoint that knows its recipe: the data set's default does.
-    recipe = args.recipe
-    if args.stage == "clip":
-        recipe = find_settings(args.data, args.recipe).recipe
-
-    # A published student needs a teacher for its heads. Else the teacher is there to be drawn
-    # beside the student; your own images have no such drawing, and our students need no CLIP.
     teacher = None
-    if args.stage == "distill":
+    if args.stage == "clip":
+        # No checkpoint that knows its recipe: the data set's default does.
+        clip = load_clip(args.clip or facts.clip, args.device)
+        recipe = find_settings(args.data, args.recipe).recipe
+        model = plain_clip(facts, clip, args.attention or "maskclip", recipe)
+    elif args.stage == "rectify":
+        clip = load_clip(args.clip, args.device) if args.clip else None
+        model = open_rectification(path, facts.classes, clip, args.recipe, W_q_path, args.device)
+    else:
+        # A published student needs a teacher for its heads. Else the teacher is there to be drawn
+        # beside the student; your own images have no such drawing, and our students need no CLIP.
         wanted = not args.images or released_kind(path) == "student"
         if args.teacher or (wanted and teacher_path.is_file()):
             teacher = open_rectification(
                 teacher_path, facts.classes, None, args.recipe, W_q_path, args.device
             )
+        model = open_student(path, facts.classes, teacher, args.recipe, args.device)
 
-    model = open_model(
-        args.stage, path, facts, args.clip, args.device, attention, recipe, teacher, W_q_path
-    )
+    if facts.classes and facts.classes != model.class_names:
+        raise ValueError(f"{path} was made for other classes than are asked for: "
+                         f"{', '.join(model.class_names)}")
 
     settings = settings_of(model, args.stage, args.data)
     protocol = find_protocol(settings, args.stage, **protocol_changes)

@@ -78,7 +78,7 @@ from clip_model import (
     STD,
     load_clip,
     normalize_pixels,
-    second_reading,
+    patch_tower,
     sha256_of,
     show,
     written_atomically,
@@ -543,12 +543,12 @@ class ReCLIP(nn.Module):
     def make_dense_visual(self, class_token=None, eps=None):
         """Makes dense_visual: CLIP's image tower on the same weights, with the recipe's activation.
 
-        class_token, eps: of a published file (see second_reading); None: CLIP's.
+        class_token, eps: of a published file (see patch_tower); None: CLIP's.
         Only the features of patches use it. Whole images go through CLIP's own tower, so the
         pseudo-labels do not depend on the recipe.
         """
         exact_gelu = RECIPES[self.recipe].exact_gelu
-        self.dense_visual = second_reading(self.clip.visual, exact_gelu, class_token, eps)
+        self.dense_visual = patch_tower(self.clip.visual, exact_gelu, class_token, eps)
 
     def make_released_dense_visual(self, state):
         """Makes dense_visual with the class token of a published file and the eps of its code."""
@@ -753,7 +753,7 @@ class ReCLIP(nn.Module):
                              "ReCLIPPlusPlus.from_released loads it")
         require_classes(path, state, "proj_net.6.weight", class_names)
         clip = load_clip(path, device)
-        W_q = given_or_made(W_q, clip, class_names)
+        W_q = check_or_make_W_q(W_q, clip, class_names)
 
         with whole_file(path):
             vectors = state["text_encoder.prompt_token"][0].float()             # (L, E_t)
@@ -896,7 +896,7 @@ def summed_cross_entropy(student_logits, pseudo_labels, tau, to_pixels):
     return F.cross_entropy(pixels, pseudo_labels, ignore_index=IGNORE, reduction="sum")
 
 
-def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, piece=2 ** 25):
+def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, max_numbers=2 ** 25):
     """Eq. (6): L_mask = -1/(HW) sum_ij log P_ij(M~_ij), P = softmax of the student's M^D.
 
     The teacher's mask M~ is taken for the truth, errors included. Why the student can still become
@@ -908,12 +908,12 @@ def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, piece=2 ** 2
     tau: the logits are cosines; as in Eq. (5) a temperature makes probabilities of them. (Eq. (6)
         prints none.)
     to_pixels: the student's.
-    piece: numbers of the enlarged logits in memory at once; images go through in groups of that
+    max_numbers: of the enlarged logits in memory at once; images go through in groups of that
         size.
     -> scalar, the mean over the pixels of all images, without the padding
     """
     C = student_logits.shape[1]
-    images_at_once = max(1, piece // (C * pseudo_labels[0].numel()))
+    images_at_once = max(1, max_numbers // (C * pseudo_labels[0].numel()))
     groups = list(zip(student_logits.split(images_at_once), pseudo_labels.split(images_at_once)))
     total = sum_over_groups(summed_cross_entropy, groups, tau, to_pixels)
     return total / (pseudo_labels != IGNORE).sum()
@@ -933,7 +933,7 @@ def summed_l1(Z, Z_student, valid, to_pixels, student_to_pixels):
     return (difference.abs() * valid[:, None]).sum()
 
 
-def feature_guided_loss(Z, Z_student, valid, to_pixels, student_to_pixels, piece=2 ** 25):
+def feature_guided_loss(Z, Z_student, valid, to_pixels, student_to_pixels, max_numbers=2 ** 25):
     """Eq. (7): L_feat = || Z - Z^ ||_1, both enlarged to the image's size (H, W).
 
     The student's head is made of CLIP's texts, which only mean something to features of CLIP's
@@ -942,13 +942,13 @@ def feature_guided_loss(Z, Z_student, valid, to_pixels, student_to_pixels, piece
     Z: the teacher's features (B, D, h, w), enlarged by to_pixels.
     Z_student: Z^ (B, D, h', w'), enlarged by student_to_pixels.
     valid: (B, H, W) bool, the pixels of the images; False where they were padded.
-    piece: numbers of one enlarged map in memory at once; channels go through in groups of that
+    max_numbers: of one enlarged map in memory at once; channels go through in groups of that
         size, which is right for L1 alone (see summed_l1).
     -> scalar: the norm is summed over the D features of a pixel, the mean is over pixels (ours).
         The paper does not say; but a mean over D too would make this term D times weaker, next to
         nothing beside Eq. (6).
     """
-    channels_at_once = max(1, piece // valid.numel())
+    channels_at_once = max(1, max_numbers // valid.numel())
     groups = list(zip(Z.split(channels_at_once, 1), Z_student.split(channels_at_once, 1)))
     total = sum_over_groups(summed_l1, groups, valid, to_pixels, student_to_pixels)
     return total / valid.sum()
@@ -1144,7 +1144,7 @@ def fold_biases(state):
     return net
 
 
-def given_or_made(W_q, clip, class_names):
+def check_or_make_W_q(W_q, clip, class_names):
     """W_q (C, D), checked; or made, with a line on stderr that counts the classes.
 
     85 texts a class take seconds on a GPU and minutes on a CPU.
@@ -1236,7 +1236,7 @@ class ReCLIPPlusPlus(ReCLIP):
             raise ValueError(f"{path} is not a ReCLIP++ checkpoint (it has no pe_proj.weight)")
         require_classes(path, state, "decoder_conv2.weight", class_names)
         clip = load_clip(path, device)
-        W_q = given_or_made(W_q, clip, class_names)
+        W_q = check_or_make_W_q(W_q, clip, class_names)
 
         with whole_file(path):
             vectors = state["text_encoder.prompt_token"][0].float()     # (L, E_t)

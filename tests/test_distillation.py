@@ -101,13 +101,13 @@ def test_mask_guided_loss_is_the_literal_formula():
 def test_mask_guided_loss_in_pieces_equals_the_whole():
     grid, pseudo = random_grid(3, C, 4, 5), torch.randint(C, (3, *SIZE))
     whole = F.cross_entropy(enlarge(STRIDE)(grid, *SIZE) / 0.07, pseudo)
-    pieces = mask_guided_loss(grid, pseudo, 0.07, enlarge(STRIDE), piece=1)
+    pieces = mask_guided_loss(grid, pseudo, 0.07, enlarge(STRIDE), max_numbers=1)
     close(pieces, whole)
     close(*(torch.autograd.grad(loss, grid)[0] for loss in (pieces, whole)), 1e-10)
 
 
-@pytest.mark.parametrize("piece", [1, 2**25])  # a picture at a time; both at once
-def test_padded_pixels_carry_no_label(valid, piece):
+@pytest.mark.parametrize("max_numbers", [1, 2**25])  # a picture at a time; both at once
+def test_padded_pixels_carry_no_label(valid, max_numbers):
     # the mean over the pixels of both pictures, not over all, and not of the pictures' means
     grid, (H, W), tau = random_grid(2, C, 4, 5), SIZE, 0.07
     pseudo = torch.randint(C, (2, H, W))
@@ -122,7 +122,7 @@ def test_padded_pixels_carry_no_label(valid, piece):
     want = want / count
     assert count == 9 * 18 + 13 * 11
     pseudo[~valid] = IGNORE
-    loss = mask_guided_loss(grid, pseudo, tau, enlarge(STRIDE), piece=piece)
+    loss = mask_guided_loss(grid, pseudo, tau, enlarge(STRIDE), max_numbers=max_numbers)
     close(loss, want, 1e-11)
     close(*(torch.autograd.grad(value, grid)[0] for value in (loss, want)), 1e-11)
 
@@ -151,7 +151,7 @@ def test_feature_guided_loss_in_pieces_equals_the_whole(channels):
     Z, own = random_grid(2, D, 2, 3), random_grid(2, D, 4, 5, seed=1)
     whole = D * F.l1_loss(enlarge(8)(Z, *SIZE), enlarge(4)(own, *SIZE))
     pieces = feature_guided_loss(
-        Z, own, WHOLE, enlarge(8), enlarge(4), piece=channels * 2 * SIZE[0] * SIZE[1]
+        Z, own, WHOLE, enlarge(8), enlarge(4), max_numbers=channels * 2 * SIZE[0] * SIZE[1]
     )
     close(pieces, whole)
     for tensor in (Z, own):
@@ -174,7 +174,7 @@ def test_padded_pixels_have_no_features_to_learn(valid, channels):
                     count += 1
     want = want / count
     loss = feature_guided_loss(
-        Z, own, valid, enlarge(8), enlarge(4), piece=channels * valid.numel()
+        Z, own, valid, enlarge(8), enlarge(4), max_numbers=channels * valid.numel()
     )
     close(loss, want, 1e-12)
     for tensor in (Z, own):
@@ -191,9 +191,9 @@ def test_no_map_of_the_pictures_size_waits_for_backward():
     )
     with keep:
         everywhere = torch.ones(2, 64, 64, dtype=torch.bool)
-        feature_guided_loss(Z, own, everywhere, enlarge(16), enlarge(8), piece=1)
+        feature_guided_loss(Z, own, everywhere, enlarge(16), enlarge(8), max_numbers=1)
         mask_guided_loss(
-            own[:, :C], torch.zeros(2, 64, 64, dtype=torch.int64), 1.0, enlarge(8), piece=1
+            own[:, :C], torch.zeros(2, 64, 64, dtype=torch.int64), 1.0, enlarge(8), max_numbers=1
         )
     assert max(kept) < 64 * 64
     with keep:

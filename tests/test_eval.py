@@ -27,8 +27,8 @@ from eval import (
     draw_grid,
     draw_overlay,
     find_protocol,
-    open_model,
     parse_arguments,
+    plain_clip,
     predict_mask,
     scores,
     slide,
@@ -364,7 +364,7 @@ def test_masks_are_grey_where_nothing_is_evaluated():
 def test_examples_have_the_grey_pixels_of_the_truth_in_every_column_of_masks():
     facts = DATA["shapes"]
     dataset = Evaluation(open_split("shapes", None, "val"), 64, 64)
-    model = open_model("clip", None, facts)
+    model = plain_clip(facts, load_clip(facts.clip))
     columns = [
         Column(model, "clip", dataset, Protocol(64, 64)),
         Column(model, "rectify", dataset, Protocol(64, 64), 0.123),
@@ -500,7 +500,7 @@ def test_command_line_writes_what_it_promises(make_voc, coarse_clip_file, tmp_pa
     assert report["protocol"]["checkpoint_sha256"] is None
 
     facts = DATA["voc"]
-    model = open_model("clip", None, facts, coarse_clip_file, recipe="cvpr2024")
+    model = plain_clip(facts, load_clip(coarse_clip_file), recipe="cvpr2024")
     dataset = Evaluation(open_split("voc", root, "val"), 2048, 512)
     confusion = torch.zeros(20, 20, dtype=torch.int64)
     for i in range(3):
@@ -522,7 +522,7 @@ def test_command_line_writes_what_it_promises(make_voc, coarse_clip_file, tmp_pa
 def test_a_checkpoint_is_known_by_what_was_learnt(tmp_path):
     """Its fingerprint; and a class that never occurs has null, for JSON has no nan."""
     facts = DATA["shapes"]
-    model = open_model("clip", None, facts)
+    model = plain_clip(facts, load_clip(facts.clip))
     changed = ReCLIP(model.clip, facts.classes, prompts=facts.prompts, prompt_length=2)
     changed.save(tmp_path / "rectify.pt")
 
@@ -601,7 +601,7 @@ def test_a_checkpoint_is_evaluated_under_its_own_recipe(
     split = open_split("voc", root, "val")
     size = [sides[1], sides[1] * 90 // 60]
     image = v2.functional.resize(split.image(0)[None], size, antialias=False).float() / 255
-    model = open_model(stage, path, DATA["voc"])
+    model = ReCLIP.load(path) if stage == "rectify" else DeepLabV2.load(path)
     with torch.no_grad():
         logits = model(image).rectified
     mask = segment(

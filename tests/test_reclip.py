@@ -835,7 +835,7 @@ def test_texts_are_read_the_same_under_both_recipes(make_model):
     assert torch.equal(W_q, same_W_q) and torch.equal(W_r, same_W_r)
 
 
-def test_the_second_reading_shares_its_weights(make_model, clip):
+def test_the_patch_tower_shares_its_weights(make_model, clip):
     # before and after a move to another type, which makes new tensors; and CLIP stays as it was
     before = {key: value.clone() for key, value in clip.state_dict().items()}
     model = make_model(recipe="cvpr2024")
@@ -858,7 +858,7 @@ def test_the_second_reading_shares_its_weights(make_model, clip):
     assert count == sum(p.numel() for p in make_model(recipe="2025").parameters())
 
 
-def test_the_second_reading_is_nothing_that_was_learnt(make_model):
+def test_the_patch_tower_is_nothing_that_was_learnt(make_model):
     keys = [list(make_model(recipe=recipe).learnt()) for recipe in READINGS]
     assert keys[0] == keys[1]
     assert {key.split(".")[0] for key in keys[0]} == {"reference", "positional", "W_q"}

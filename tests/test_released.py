@@ -677,7 +677,7 @@ def test_files_may_have_all_doubles_as_tensors_of_their_own(tmp_path):
     assert torch.equal(together, apart)
 
 
-# --- The second reading of the image tower --------------------------------------------------------
+# --- The image tower for patches ------------------------------------------------------------------
 
 @pytest.fixture
 def voc_file(tmp_path):
@@ -746,7 +746,7 @@ def test_both_readings_share_their_weights(model, voc_file):
     assert not torch.equal(model.clip.visual.class_embedding, token.flatten())
 
 
-def test_a_second_reading_is_nothing_that_was_learnt(model):
+def test_a_patch_tower_is_nothing_that_was_learnt(model):
     """Only prompt, net and W_q; the class token may stand beside them, once."""
     keys = model.learnt().keys()
     assert not [key for key in keys if "dense_visual" in key or key.startswith("clip.")]
