@@ -313,7 +313,8 @@ class Tokenizer:
             ids = [self.start, *self.encode(text)]
             if len(ids) >= context_length and not truncate:
                 raise ValueError(f"text of {len(ids) + 1} tokens does not fit into "
-                                 f"{context_length}: {text!r}; shorten it or pass truncate=True")
+                                 f"{context_length}: {text!r}; shorten it or its template, or "
+                                 "give tokenize truncate=True")
             ids = ids[:context_length - 1] + [self.end]
             tokens[i, :len(ids)] = torch.tensor(ids)
         return tokens
