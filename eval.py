@@ -456,7 +456,8 @@ def draw_examples(columns, facts, count=6, among=100):
     """Images of a split with truth and masks, a row each. -> PIL image
 
     Which images? Of the first `among`, those in which the first and the last column of masks differ
-    most, for better or worse (in the share of evaluated pixels). With one column: the first ones.
+    most, for better or worse: in the largest share of the image's pixels, of which those count that
+    are evaluated. With one column: the first ones.
 
     columns: list of Column, over the same split. Each shows masks by its own protocol, the one that
         the mIoU in its title was measured with.
@@ -473,14 +474,14 @@ def draw_examples(columns, facts, count=6, among=100):
 
     dataset = columns[-1].dataset
     candidates = range(min(among, len(dataset)))
-    difference = {i: 0.0 for i in candidates}  # of each image, the share of pixels
+    difference = {i: 0.0 for i in candidates}  # of each image, the share of its pixels
     if len(columns) > 1:
         for i in candidates:
             _, truth, _ = dataset[i]
             first = mask_of(columns[0], i)
             last = mask_of(columns[-1], i)
-            differs = (first != last)[truth != IGNORE].float()          # (evaluated pixels,)
-            difference[i] = differs.mean().nan_to_num().item()          # 0 where there are none
+            differs = (first != last) & (truth != IGNORE)               # (H, W) bool
+            difference[i] = differs.float().mean().item()
 
     # Images that differ alike stay in their order.
     chosen = sorted(candidates, key=difference.get, reverse=True)[:count]

@@ -387,12 +387,15 @@ def test_examples_have_the_grey_pixels_of_the_truth_in_every_column_of_masks():
 
 
 def test_examples_are_those_in_which_the_masks_differ_most(monkeypatch):
-    """In the share of evaluated pixels, first of the columns against the last; of the first few
+    """In the share of the image's pixels, first of the columns against the last; of the first few
     alone; equal shares stay in the order of the split."""
     truth = torch.zeros(4, 5, dtype=torch.uint8)
     truth[0] = IGNORE                                        # 15 of 20 pixels are evaluated
     differing = [2, 0, 15, 2, 9, 15]                         # of these, in image 0, 1, ..
     dataset = [(torch.full((3, 4, 5), i / 255), truth, str(i)) for i in range(6)]
+    small = truth.clone()
+    small.flatten()[5 + differing[4]:] = IGNORE              # all that is evaluated differs
+    dataset[4] = (dataset[4][0], small, "4")
 
     def mask_of(model, stage, image, size, protocol):
         mask = torch.zeros(4, 5, dtype=torch.uint8)
