@@ -27,13 +27,9 @@ from conftest import ROOT, WORDS, merges_of
 from datasets import (
     IGNORE,
     SHAPES_PROMPTS,
-    DataFacts,
     Evaluation,
-    Layout,
-    Settings,
     open_split,
     read_prompts,
-    voc_palette,
 )
 from eval import Protocol, predict_mask
 from reclip import (
@@ -631,33 +627,18 @@ def write_city(base, split, name, label, rng):
 
 @pytest.fixture
 def cityscapes(tmp_path, monkeypatch):
-    """Cityscapes as a user adds it, on made files: one entry in each of three tables.
+    """Cityscapes as a user adds it, on made files: the README's entries in three tables.
 
     -> the folder that holds it. Every id occurs in every label.
     """
-    monkeypatch.setitem(datasets.LAYOUTS, "cityscapes", Layout(
-        base="cityscapes",
-        images="leftImg8bit/{}",
-        annotations="gtFine/{}",
-        lists="",
-        image_suffix="_leftImg8bit.png",
-        annotation_suffix="_gtFine_labelIds.png",
-        label_values=(7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
-        ignored_values=(*range(34), 255),  # all other ids
-        official={"train": "2975", "val": "500"},
-        archive="",  # behind a login
-        md5="",
-    ))
-    monkeypatch.setitem(datasets.DATA, "cityscapes", DataFacts(
-        name="cityscapes",
-        classes=tuple(CITY_IDS),
-        palette=voc_palette()[1:20],
-        background="pixels of the other ids are ignored, 19 classes",
-        clip="ViT-B/16",
-    ))
-    monkeypatch.setitem(datasets.SETTINGS, "cityscapes", Settings(
-        threshold=20.0,
-        top_k=6,
+    readme = (ROOT / "README.md").read_text()
+    entries = readme.split("```python\n")[1].split("```")[0]
+    for table in (datasets.LAYOUTS, datasets.DATA, datasets.SETTINGS):
+        monkeypatch.setitem(table, "cityscapes", None)  # taken out again after the test
+    exec(entries, dict(vars(datasets)))
+    assert datasets.DATA["cityscapes"].classes == tuple(CITY_IDS)
+    monkeypatch.setitem(datasets.SETTINGS, "cityscapes", dataclasses.replace(
+        datasets.SETTINGS["cityscapes"],
         rectify_long_side=96,
         rectify_short_side=48,
         crop=32,
