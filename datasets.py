@@ -274,10 +274,11 @@ def option(default, help):
 
 @dataclass(frozen=True)
 class Settings:
-    """Every hyper-parameter, with unit and source. The defaults are VOC's in the recipe 2025.
+    """Every hyper-parameter, with unit and source; find_settings gives those of a data set.
 
-    Do not read a benchmark's values here: find_settings lays those of a recipe over them, by
-    default cvpr2024's.
+    The defaults here are those of your own images, which are VOC's under the recipe 2025. On voc,
+    context and ade20k the recipe's row of RECIPE_SIZES replaces sides, epochs and denoising, so
+    `Settings()` or `SETTINGS["voc"]` alone is no recipe.
 
     train.py turns each field into an option of its command line, and keeps them all with a run, so
     that a run is not resumed under other settings.
@@ -363,8 +364,8 @@ class Settings:
 
     # Evaluation of the rectified CLIP; a student is evaluated without (released)
     denoise: float = option(
-        0.5, "a class that reaches this probability nowhere in an image is dropped (released); 0: "
-        "off")
+        0.5, "in the table of --stage all, a class that reaches this probability nowhere in an "
+        "image is dropped (released); 0: off")
 
     def __post_init__(self):
         above_0 = (
@@ -373,7 +374,8 @@ class Settings:
             "rectify_short_side", "distill_long_side", "distill_short_side", "resize_from",
         )
         at_least_0 = (
-            "distill_lr_floor", "alpha", "beta", "crop", "distill_crop", "denoise", "label_window",
+            "momentum", "weight_decay", "poly_power", "prompt_length", "positional_gain",
+            "distill_lr_floor", "alpha", "beta", "crop", "distill_crop", "label_window",
         )
 
         # "not value > 0" rather than "value <= 0": so nan is refused too.
@@ -385,6 +387,8 @@ class Settings:
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more")
+        if not 0 <= self.denoise <= 1:
+            raise ValueError(f"denoise is {self.denoise}; a probability, it must lie in 0..1")
         if self.rectify_epochs > self.rectify_poly_epochs:
             raise ValueError(f"rectify_epochs is {self.rectify_epochs}; it must not be above "
                              f"rectify_poly_epochs, {self.rectify_poly_epochs}, from which on the "
@@ -477,8 +481,8 @@ SETTINGS = {
 }
 
 
-# What ReCLIP++ changes in the recipe 2025, all released but for the last two rows: label_window is
-# a sixth of the crop, and denoising is on softmax(10 M').
+# What ReCLIP++ changes in the recipe 2025; released, but for "own" and "shapes". label_window is a
+# sixth of the crop; denoise is a threshold of softmax(10 M'), where ReCLIP has softmax(100 M).
 PLUSPLUS = {
     "voc": {"tau_1": 0.01, "label_window": 56, "denoise": 1.0},
     "context": {"tau_1": 0.01, "label_window": 80, "denoise": 0.85},
@@ -790,7 +794,7 @@ class Folder(Files):
                 names[path.absolute()] = path.name
             else:
                 raise FileNotFoundError(
-                    f"{path} is neither an image nor a folder, nor one of {', '.join(DATA)}"
+                    f"{path} is neither an image nor a folder of images"
                 )
 
         # Two folders may both hold a cat.jpg; masks and labels are kept by name: names must differ.
@@ -848,7 +852,7 @@ def resize_within(image, long_side, short_side, antialias=True):
 def distort_colors(image):
     """Random changes of color, so that nothing learnt hangs on the light of a photograph.
 
-    As released, but for torchvision's saturation, a blend with gray (there S of HSV is scaled).
+    As released, except saturation: torchvision blends with gray, the released code scales S of HSV.
 
     float (3, H, W) in [0, 1] -> the same. Each of the four happens half of the time: brightness, up
     to 32 of 255 levels added or taken off; contrast, all values times 0.5 to 1.5; saturation times

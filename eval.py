@@ -456,8 +456,8 @@ def draw_examples(columns, facts, count=6, among=100):
     """Images of a split with truth and masks, a row each. -> PIL image
 
     Which images? Of the first `among`, those in which the first and the last column of masks differ
-    most, for better or worse: in the largest share of the image's pixels, of which those count that
-    are evaluated. With one column: the first ones.
+    most, for better or worse: at the most evaluated pixels, as a share of the whole image. With one
+    column: the first ones.
 
     columns: list of Column, over the same split. Each shows masks by its own protocol, the one that
         the mIoU in its title was measured with.
@@ -480,7 +480,7 @@ def draw_examples(columns, facts, count=6, among=100):
             _, truth, _ = dataset[i]
             first = mask_of(columns[0], i)
             last = mask_of(columns[-1], i)
-            differs = (first != last) & (truth != IGNORE)               # (H, W) bool
+            differs = (first != last) & (truth != IGNORE)               # (H0, W0) bool
             difference[i] = differs.float().mean().item()
 
     # Images that differ alike stay in their order.
@@ -737,6 +737,12 @@ def parse_arguments(argv=None):
     if args.images and not classes_known:
         raise ValueError("--images needs --classes 'cat, dog' with --stage clip, else "
                          "--checkpoint runs/NAME/STAGE.pt")
+
+    if args.images and args.data and args.data not in DATA:
+        raise ValueError(f"--data {args.data} is none of {', '.join(DATA)}; beside --images it names "
+                         "the data set whose classes and sizes are meant")
+    if args.stride is not None and not args.window:
+        raise ValueError("--stride goes with --window")
 
     # Where results go: beside the checkpoint that is used on your own images, else runs/<data>.
     args.data = args.data or ("pictures" if args.images else "shapes")

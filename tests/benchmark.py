@@ -6,18 +6,18 @@
 It needs no network and no data: weights are random, and images are drawn.
 
 What is measured
-    rectification   one training step on one image at VOC's, Context's and ADE20K's size, by parts;
-                    ViT-B/16. "Plain" computes what the released code computes: loss and gradients
-                    are the same. Besides, the FLOP/s of our step and of our image encoder, as a
-                    share of a large matrix product's
-    sequel          one training step of ReCLIP++ beside ReCLIP's, at VOC's size
-    evaluation      image file -> mask at the size of the truth, at VOC's size
+    rectification   one training step on one image, by parts; ViT-B/16, at the crops of the recipe
+                    2025 (VOC 336, Context 480, ADE20K 512). "Plain" computes what the released code
+                    computes: loss and gradients are the same. Besides, the FLOP/s of our step and
+                    of our image encoder, as a share of a large matrix product's
+    sequel          one training step of ReCLIP++ beside ReCLIP's, on VOC's crops
+    evaluation      image file -> mask at the size of the truth, VOC under the recipe 2025
     data            image file -> augmented crop
     distillation    one training step of ResNet-101 on 512 x 512: 2 images on a CPU, 16 on a GPU
 
 How
     Time: rivals and matrix product take turns; after a round that does not count, minimum and
-    median of --repeat rounds.
+    median of --repeat rounds (of distillation two at most).
     Memory: each rival's first two steps in a fresh process: the peak (VmHWM, reset through
     /proc/self/clear_refs; ru_maxrss would be inherited from the parent) less what was held
     before. A tiny step goes first, so that the libraries' own pages do not count. On a GPU: what
@@ -472,9 +472,9 @@ def files(quick, device, repeat, count=4):
     """Evaluation and the data pipeline, on smooth JPEGs of 500 x 375: seconds per image."""
     facts = DATA["voc"]
     model = build_model(facts.classes, quick, device).eval()
-    settings = find_settings("voc")
+    settings = find_settings("voc", "2025")
     if quick:
-        settings = find_settings("voc", rectify_short_side=64)
+        settings = find_settings("voc", "2025", rectify_short_side=64)
     protocol = find_protocol(settings, "rectify")
 
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ stopped. In <out>/paper (by default runs/shapes/paper) it leaves
     report.md                every number beside the paper's, and what did not come out
     table1.csv .. table7.csv, sequel.csv, controls.csv, attention.csv
     figure1a.png             mIoU by the distance of the object from the center of the image
-    figure1b.png             which of the classes that CLIP confuses are confused less
+    figure1b.png             confusion matrices of the classes that CLIP confuses most
     figure3.png              heat maps of M_q, M_r, M_p and M
     plan.json                which rows there are, of how many seeds, of which CLIP
     seed0/both/ ...          of each row the checkpoint, training.json (from what it was trained)
@@ -215,7 +215,7 @@ TABLES = {
         ),
     ),
     "table5": ("Table 5: subtract or add", ("clip", "added", "both")),
-    "sequel": ("The sequel (ours)", ("clip", "both", "plusplus")),
+    "sequel": ("ReCLIP++, the authors' sequel (not in the paper)", ("clip", "both", "plusplus")),
     "table6": (
         "Table 6: head of the student",
         ("head_original", "head_query", "distilled", "head_positional"),
@@ -367,7 +367,7 @@ def train_row(experiment, row, name, seed):
 
     record_path = folder / "training.json"
     known = read_json(record_path)
-    begun = known is not None and known["identity"] == identity
+    begun = known is not None and known.get("identity") == identity
     if begun and known["finished"]:
         return
 
@@ -432,11 +432,12 @@ def fingerprint_of(path):
 
 
 def read_json(path):
-    """The content, or None if there is no such file, or it was cut off."""
+    """The content, a dict, or None if there is no such file, or it was cut off."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def write_json(path, content):
@@ -634,7 +635,7 @@ def measured_row(experiment, plan, name, seed):
     }
     result_path = experiment.row_folder(name, seed) / "result.json"
     known = read_json(result_path)
-    if known is not None and known["identity"] == identity:
+    if known is not None and known.get("identity") == identity:
         return known
 
     model = open_row(experiment, row, path)
@@ -704,7 +705,7 @@ def make_row(job):
     """In a process of its own: one row under one seed."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
-        raise KeyboardInterrupt  # end_with_parent has stopped the row before; begin no other
+        raise KeyboardInterrupt  # the program was killed: begin no other row
 
     experiment, plan, name, seed = job
     train_row(experiment, plan.rows[name], name, seed)
@@ -856,9 +857,9 @@ def draw_matrices(confusions, class_names, titles, high=30):
 def draw_figure_3(model, facts, dataset, protocol, count=3, among=200):
     """Figure 3: M_q, M_r, M_p and M of two classes, one of which CLIP took for the other.
 
-    Which images? For each pair (true class, what CLIP took it for) that one of the first `among` in
-    which rectification mends most pixels; of these the `count` best. So they show what it does, not
-    how often it does it.
+    Which images? Each of the first `among` stands for one pair (true class, what CLIP took it for):
+    the one of which rectification mends most pixels there. For each pair its best image is kept,
+    and the `count` best of these are shown. So they show what rectification does, not how often.
 
     model: a ReCLIP in eval mode. dataset: an Evaluation. -> RGB image
     """

@@ -9,7 +9,7 @@ mechanism, not a reproduction of the paper's numbers: its biases are planted, an
 The target (what is segmented; datasets.py draws it)
     64 x 64 images, eight classes in four pairs of look-alikes (coin/ring, box/gem,
     star/flower, bee/beetle), one to four of them anywhere, on any of eight grounds.
-    Look-alikes share two colors, each its own three times as often. 1000 images to train on
+    Look-alikes share two colors, each its own nearly three times as often. 1000 images to train on
     without labels, 300 (val) to choose on, 500 (test) for the tables.
 
 The web (what the tiny CLIP is trained on; drawn here)
@@ -136,7 +136,8 @@ def caption(things, ground, rng, size):
     opening = rng.choice(["", "a photo of ", "a picture of ", "a good photo of ", "here is "])
     text = opening + " and ".join(names)
     if len(things) == 1 and rng.random() < 0.2:
-        # (Now and then this hits the name after "the color of"; the shipped CLIP was trained so.)
+        # Known slip, kept because the shipped CLIP was trained with it: now and then this hits the
+        # name after "the color of".
         name = things[0].name
         text = text.replace("a " + name, rng.choice(["a large ", "a small ", "one "]) + name, 1)
     if rng.random() < 0.25:

@@ -171,7 +171,10 @@ POSITIVE = [
     "mask_tau", "distill_epochs", "distill_batch", "distill_lr", "rectify_long_side",
     "rectify_short_side", "distill_long_side", "distill_short_side", "resize_from",
 ]
-NOT_NEGATIVE = ["crop", "distill_crop", "distill_lr_floor", "alpha", "beta", "denoise"]
+NOT_NEGATIVE = [
+    "crop", "distill_crop", "distill_lr_floor", "alpha", "beta", "label_window", "momentum",
+    "weight_decay", "poly_power", "positional_gain", "prompt_length",
+]
 
 
 @pytest.mark.parametrize("name", POSITIVE)
@@ -1660,7 +1663,7 @@ def full_ade(root):
     ("voc", move("VOCdevkit", "VOCdevkit/VOCdevkit"), "holds a second VOCdevkit"),
     ("ade20k", move(ADE, f"{ADE}/{ADE}"), "holds a second ADEChallengeData2016"),
     ("voc", move(VOC, "VOC2012"), "is inside of VOCdevkit/VOC2012"),
-    ("voc", move(f"{VOC}/JPEGImages", "JPEGImages"), "a.jpg is named"),
+    ("voc", move(f"{VOC}/JPEGImages", "JPEGImages"), "a.jpg does not exist.* named it"),
     ("ade20k", move(f"{ADE}/images", "images"), "is inside of ADEChallengeData2016"),
     ("ade20k", move(ADE, "ADE20K_2021_17_01"), "is the full ADE20K"),
     ("ade20k", full_ade, "a_seg.png is the full ADE20K"),
@@ -1668,7 +1671,7 @@ def full_ade(root):
     ("voc", new_image(f"{VOC}/SegmentationClass/a.png", "RGB", (12, 10)), "RGB copy"),
     ("context", label(f"{CONTEXT}/SegmentationClassContext/a.png", 60), "60-class or 459-class"),
     ("ade20k", label(f"{ADE}/annotations/validation/a.png", 151), "151.*full ADE20K"),
-    ("voc", remove(f"{VOC}/JPEGImages/c.jpg"), "c.jpg is named.*not exist"),
+    ("voc", remove(f"{VOC}/JPEGImages/c.jpg"), "c.jpg does not exist.* named it"),
     ("ade20k", remove(f"{ADE}/annotations/training/b.png"), "b.png is missing"),
     ("voc", new_image(f"{VOC}/SegmentationClass/d.png", "L", (3, 3)), r"annotation is \(3, 3\)"),
     ("context", remove(f"{CONTEXT}/ImageSets"), "trainval_merged.json is missing"),
