@@ -1087,3 +1087,12 @@ def test_tour(capsys):
     printed = capsys.readouterr().out
     for line in ("(1, 3, 64, 48)", "(1, 128, 8, 6)", "(8, 128)", "(1, 8, 8, 6)"):
         assert line in printed
+
+
+def test_a_clip_is_found_again_from_another_folder(clip, tmp_path, monkeypatch):
+    """Checkpoints keep .source: a name relative to where a run began would lead nowhere later."""
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    monkeypatch.chdir(tmp_path)
+    source = load_clip("clip.pt").source
+    monkeypatch.chdir("/")
+    assert load_clip(source).source == source

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 import zipfile
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -1761,3 +1762,57 @@ def test_nothing_else_of_the_project_is_imported():
     folder = Path(datasets.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert done.stdout == "[]\n"
+
+
+def test_targets_hold_one_to_four_classes_and_several_meet_near_the_middle():
+    split = open_split("shapes", None, "train")
+    truths = torch.stack([split.truth(i) for i in range(400)])
+    classes = [len(set(truth.unique().tolist()) - {IGNORE}) for truth in truths]
+    counts = Counter(classes)
+    assert sorted(counts) == [1, 2, 3, 4] and min(counts.values()) > 80
+
+    # Were each kept to its own quarter, hardly any of four would reach the middle.
+    of_four = truths[torch.tensor(classes) == 4]
+    assert (of_four[:, 31:33, 31:33] != IGNORE).double().mean() > 0.2
+
+
+@pytest.mark.parametrize("name", ["gem", "star"])
+def test_hues_of_things(name):
+    """Its own in 62.5 % of cases, its twin's in 22.5 %, each of the other six in 2.5 %."""
+    rng = np.random.default_rng(0)
+    hues = np.array(list(datasets.HUES.values()))
+    nearest = []
+    for _ in range(4000):
+        hue = datasets.new_thing(name, 0, 0, 1, rng).hue
+        nearest.append(abs((hue - hues + 0.5) % 1 - 0.5).argmin())
+    expected = np.full(8, 0.025)
+    k = datasets.SHAPES_CLASSES.index(name)
+    expected[k] = 0.625
+    expected[k ^ 1] = 0.225
+    assert abs(np.bincount(nearest, minlength=8) / 4000 - expected).max() < 0.03
+
+
+def test_neighboring_seeds_have_orders_of_their_own():
+    """The second epoch of seed 3 is not the first of seed 4."""
+    split = open_split("shapes", None, "val")
+
+    def order(seed, epoch):
+        stream = TrainingStream(split, lambda image: (image, True), seed)
+        return [stream[300 * epoch + place][2] for place in range(20)]
+
+    assert order(3, 1) != order(4, 0)
+
+
+def test_a_label_that_was_half_written_is_made_anew(tmp_path, monkeypatch):
+    content, truth = context_json()
+    raw_context(tmp_path, content)
+
+    def dying(image, path, *more, **options):
+        Path(path).write_bytes(b"\x89PNG")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image.Image, "save", dying)
+        prepare("context", tmp_path)
+    prepare("context", tmp_path)
+    assert same_labels(open_split("context", tmp_path, "train"), truth["2008_000000"])

@@ -558,3 +558,30 @@ def test_the_module_stands_alone():
         elif isinstance(node, ast.ImportFrom):
             roots.add(node.module.split(".")[0])
     assert roots <= {"torch", "torchvision"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", ["resnet101", "resnet50", "resnet50_v1c"])
+def test_large_students_end_in_the_aspp_of_deeplab_v2(name):
+    """Four dilations (Chen et al.); batch norm in the branches of the published student alone."""
+    branches = DeepLabV2(NAMES, *heads(), student=name).aspp.branches
+    convs = [part for part in branches.modules() if isinstance(part, nn.Conv2d)]
+    norms = [part for part in branches.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert [conv.dilation for conv in convs] == [(6, 6), (12, 12), (18, 18), (24, 24)]
+    assert len(norms) == (4 if name == "resnet50_v1c" else 0)
+
+
+def test_autocast_leaves_the_length_of_features_in_full_precision():
+    """Rounded to bf16, lengths would be off by some thousandths."""
+    student = tiny().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        lengths = student.features(torch.rand(1, 3, 32, 48)).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(1, 8, 12), rtol=0, atol=1e-6)
+
+
+def test_batch_norms_of_the_aspp_are_never_frozen():
+    """A backbone's weights hold no statistics for them."""
+    student = DeepLabV2(NAMES, *heads(), student="resnet50_v1c", freeze_batch_norm=True).train()
+    for part, learns in ((student.backbone, False), (student.aspp, True)):
+        norms = [norm for norm in part.modules() if isinstance(norm, nn.BatchNorm2d)]
+        assert {norm.training for norm in norms} == {learns}
+        assert {norm.weight.requires_grad for norm in norms} == {learns}

@@ -2,6 +2,7 @@
 a killed rank does.
 """
 
+import csv
 import os
 import signal
 import socket
@@ -150,7 +151,10 @@ def test_two_ranks_share_the_steps_and_one_alone_cannot_resume(command, tmp_path
     ranks = torchrun(command("run"))
     ends = [rank.communicate(timeout=240) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], ends
-    assert len((tmp_path / "run" / "rectify_log.csv").read_text().splitlines()) == 6
+    with (tmp_path / "run" / "rectify_log.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    epochs = [0, 0, 0, 1, 1]  # of the images that both have seen: 0, 2, 4, 6, 8 of 5
+    assert rates == pytest.approx([0.01 * (1 - e / 200) ** 0.9 for e in epochs], rel=1e-6)
     state = torch.load(tmp_path / "run" / "rectify_state.pt", weights_only=True)
     assert state["step"] == 5 and state["identity"]["processes"] == 2
     with pytest.raises(ValueError, match="processes was 2, now 1"):
@@ -212,7 +216,7 @@ def test_ranks_share_the_stream_without_overlap(monkeypatch, tmp_path):
 
 
 def test_a_killed_rank_ends_the_other_with_a_sentence(command, tmp_path):
-    ranks = torchrun(command("run", "--epochs", "500"))
+    ranks = torchrun(command("run", "--epochs", "200"))
     log = tmp_path / "run" / "rectify_state.pt"
     deadline = time.time() + 120
     while not log.exists() and time.time() < deadline:
@@ -231,3 +235,20 @@ def test_stages_of_one_process_are_refused_under_torchrun(tmp_path):
     (rank,) = torchrun(["--stage", "all", "--device", "cpu", "--out", str(tmp_path)], processes=1)
     _, errors = rank.communicate(timeout=120)
     assert rank.returncode == 1 and "train.py: --stage all runs in one process" in errors
+
+
+def test_noise_differs_from_step_to_step_and_from_rank_to_rank(monkeypatch, tmp_path):
+    """Else two processes would draw the same masks, or one the same noise for ever."""
+
+    class Stream(torch.utils.data.Dataset):
+        def __getitem__(self, s):
+            return torch.tensor([s]), torch.tensor([True]), "any"
+
+    drawn = []
+    for rank in range(2):
+        monkeypatch.setattr(train, "rank_and_world", lambda: (rank, 2))
+        for seed in (0, 1):
+            run = train.Run("rectify", tmp_path, {}, seed)
+            run.begin({}, None, steps=5, images_per_step=2, images_per_epoch=10)
+            drawn += [torch.rand(()).item() for _ in run.batches(Stream(), 1)]
+    assert len(set(drawn)) == len(drawn) == 20

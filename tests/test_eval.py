@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 import eval as evaluation
 from clip_model import load_clip
 from conftest import ROOT
-from datasets import DATA, IGNORE, Evaluation, find_settings, open_split
+from datasets import DATA, IGNORE, Evaluation, Folder, find_settings, open_split
 from deeplab import DeepLabV2
 from eval import (
     GREY,
@@ -868,3 +868,58 @@ def test_a_student_segments_without_the_teacher_that_lies_beside_it(tmp_path):
         "--images", str(tmp_path / "photos"), "--device", "cpu",
     ])
     assert (tmp_path / "masks" / "a.png.index.png").is_file()
+
+
+def test_each_column_of_examples_sees_images_at_its_own_sides(monkeypatch):
+    split = open_split("shapes", None, "val")
+    seen = set()
+
+    def mask_of(model, stage, image, size, protocol):
+        seen.add((model, tuple(image.shape[1:]), protocol))
+        return torch.zeros(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(evaluation, "predict_mask", mask_of)
+    small, large = Protocol(32, 32), Protocol(96, 96)
+    columns = [
+        Column("teacher", "rectify", Evaluation(split, 32, 32), small),
+        Column("student", "distill", Evaluation(split, 96, 96), large),
+    ]
+    draw_examples(columns, DATA["shapes"], count=1, among=2)
+    assert seen == {("teacher", (32, 32), small), ("student", (96, 96), large)}
+
+
+def test_a_teacher_is_drawn_by_its_own_protocol(checkpoint, make_voc, tmp_path, monkeypatch):
+    """Beside its student, at the sides of rectification and with its denoising."""
+    root = make_voc({"val": 1})
+    student, teacher = checkpoint("distill", "2025"), checkpoint("rectify", "2025")
+    given = []
+    monkeypatch.setattr(evaluation, "evaluate_stage", lambda *arguments: given.append(arguments))
+    evaluation.main([
+        "--stage", "distill", "--data", "voc", "--root", str(root), "--checkpoint", str(student),
+        "--teacher", str(teacher), "--out", str(tmp_path / "out"), "--device", "cpu",
+    ])
+    (_, _, _, _, dataset, protocol, _, others, _), = given
+    assert protocol == Protocol(2048, 512) and dataset.short_side == 512
+    assert [column.stage for column in others] == ["clip", "rectify"]
+    for column in others:
+        assert column.protocol == Protocol(2048, 336, denoise=0.5)
+        assert column.dataset.short_side == 336
+
+
+def test_own_images_made_smaller_are_averaged(tmp_path, monkeypatch):
+    """One column of four is white. Interpolated between the nearest two, all would be half so."""
+    stripes = np.zeros((80, 80), np.uint8)
+    stripes[:, 1::4] = 255
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    seen = []
+
+    def mask_of(model, stage, image, size, protocol):
+        seen.append(image)
+        return torch.zeros(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(evaluation, "predict_mask", mask_of)
+    facts = DATA["shapes"]
+    model = plain_clip(facts, load_clip(facts.clip))
+    images = Folder(tmp_path / "a.png")
+    evaluation.segment_images(model, "clip", facts, images, Protocol(20, 20), tmp_path)
+    assert seen[0].shape == (3, 20, 20) and (seen[0][..., 2:-2] - 0.25).abs().max() < 0.05

@@ -1413,3 +1413,14 @@ def test_nothing_of_the_sequel_is_in_a_reclip(clip):
     torch.testing.assert_close(found.reference, M_r, **EXACT)
     torch.testing.assert_close(found.rectified, M_q - M_r - found.positional, **EXACT)
     assert found.positional.any()
+
+
+def test_adding_the_bias(clip):
+    """Table 5, in the sequel too: the decoder sees M_q + M_b."""
+    model = shaken(small_model(clip, subtract=False).double()).eval()
+    seen = []
+    model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = pictures(2, 3, 21, 34)
+    model(images)
+    want = literal_parts(model, plain_features(model.clip, images))
+    torch.testing.assert_close(seen[0][:, 12:], want["M_q"] + want["M_b"], **EXACT)

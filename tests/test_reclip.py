@@ -1135,3 +1135,14 @@ def test_a_clip_of_exact_gelu_is_loaded_as_such(make_clip, merges, tmp_path):
     assert torch.equal(ReCLIP.load(tmp_path / "r.pt")(images).rectified, model(images).rectified)
     quick = ReCLIP(load_clip(tmp_path / "c.pt"), ["cat", "dog"], prompts=["a {}"]).eval()
     assert not torch.equal(quick(images).query, model(images).query)
+
+
+def test_a_learnable_query_has_a_prompt_per_class_too(clip):
+    model = ReCLIP(
+        clip, ["cat", "dog", "tree"], W_q=torch.eye(3, 12), prompt_length=5, prompt_per_class=True,
+        query_learnable=True, positional_channels=0,
+    )
+    before, _ = model.heads()
+    model.query.vectors.data[1] += 0.1 * torch.randn(5, 128)
+    after, _ = model.heads()
+    assert [torch.equal(a, b) for a, b in zip(before, after)] == [True, False, True]

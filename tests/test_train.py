@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import inspect
 import json
 import shutil
 import signal
@@ -15,6 +16,7 @@ import datasets
 import train
 from datasets import DATA
 from deeplab import DeepLabV2
+from eval import Protocol
 from reclip import ReCLIP
 from test_clip_model import encode_prompted_plain
 from test_reclip import (
@@ -797,3 +799,73 @@ def test_cache_keeps_decoded_pictures_and_says_their_size(command, tmp_path, mon
     assert len(decoded) == 4 + 4 + 12 and "not kept in memory" in capsys.readouterr().out
     kept, again = learnt(tmp_path / "kept"), learnt(tmp_path / "read")
     assert all(torch.equal(kept[key], again[key]) for key in kept)
+
+
+def test_the_table_measures_each_stage_by_its_own_protocol(monkeypatch, tmp_path):
+    measured = []
+
+    def evaluate(model, stage, facts, split, dataset, protocol, out, others, workers):
+        drawn = [(column.stage, column.protocol) for column in others]
+        measured.append((stage, protocol, dataset.short_side, drawn))
+        return {"miou": 0.5}
+
+    monkeypatch.setattr(train, "evaluate_stage", evaluate)
+    rows = [("teacher", None, "rectify", tmp_path, [])]
+    rows += [("student", None, "distill", tmp_path, ["teacher"])]
+    settings = datasets.find_settings("context", "2025")
+    train.print_table(rows, DATA["context"], "val", None, settings, 0)
+    of_teacher, of_student = Protocol(2048, 448, denoise=0.6), Protocol(520, 520)
+    assert measured == [
+        ("rectify", of_teacher, 448, []),
+        ("distill", of_student, 520, [("rectify", of_teacher)]),
+    ]
+
+
+def test_a_new_student_is_a_function_of_its_seed(clip):
+    teacher = ReCLIP(clip, ["cat", "dog"], W_q=torch.eye(2, 12), prompt_length=2).eval()
+    settings = dataclasses.replace(train.SETTINGS["own"], student="tiny", backbone_weights="none")
+
+    def student(seed):
+        torch.rand(5)  # what was drawn before must not matter
+        return train.new_student(teacher, settings, seed).fingerprint()
+
+    assert student(3) == student(3) != student(4)
+
+
+def test_the_pooling_reaches_both_losses(command, tmp_path, monkeypatch):
+    pools = []
+
+    def record(name):
+        function = getattr(train, name)
+
+        def recorded(*arguments):
+            bound = inspect.signature(function).bind(*arguments)
+            bound.apply_defaults()
+            pools.append((name, bound.arguments["pool"]))
+            return function(*arguments)
+
+        monkeypatch.setattr(train, name, recorded)
+
+    record("masked_features")
+    record("text_guided_loss")
+    arguments = command("run", "--epochs", "1", "--pool", "mask")
+    train.main(arguments)
+    student = ["--student", "tiny", "--backbone-weights", "none", "--distill-crop", "32"]
+    train.main(["--stage", "distill", *arguments[2:-2], *student, "--distill-batch", "4"])
+    assert set(pools) == {("masked_features", "mask"), ("text_guided_loss", "mask")}
+
+
+def test_settings_reach_the_model(clip):
+    """Each that a checkpoint keeps, changed from its default."""
+    settings = dataclasses.replace(
+        train.SETTINGS["own"], prompt_length=3, prompt_per_class=True, reference_norm="class",
+        query_learnable=True, positional_channels=1, positional_last_relu=False,
+        positional_gain=0.5, subtract=False, attention="sclip", tau_1=0.5, tau=0.25, pool="mask",
+        recipe="cvpr2024",
+    )
+    facts = datasets.own_facts("own", ("cat", "dog"))
+    facts = dataclasses.replace(facts, prompts=("a {}", "the {}"))
+    model = train.new_reclip(clip, facts, settings, seed=0)
+    kept = {"prompts": ["a {}", "the {}"], "cut_names": False}
+    for name, value in model.settings.items():
+        assert value == (kept[name] if name in kept else getattr(settings, name)), name
