@@ -154,8 +154,8 @@ def normalize_pixels(images, mean=MEAN, std=STD, valid=None):
 # Tokenizer: text -> token ids
 #
 # A word that CLIP's vocabulary knows is one token, a rare word is several pieces. Byte-pair
-# encoding (Sennrich et al., 2016) starts from single letters and glues neighbors together, the pair
-# first that was the most frequent when the vocabulary was made:
+# encoding (Sennrich et al., 2016) starts from single letters and joins neighbors, starting with the
+# pair that was the most frequent when the vocabulary was made:
 #     "cat"                c a t</w>  ->  c at</w>  ->  cat</w>       one token, 2368
 #     "axolotl"            ->  ax o lot l</w>                         four tokens
 #     "a photo of a cat."  ->  320 1125 539 320 2368 269              "." counts as a word

@@ -307,8 +307,8 @@ class DeepLabV2(nn.Module):
         size, for the head "query_reference_positional" alone.
     student: a name in STUDENTS. resnet101: ours; resnet50: the released depth; resnet50_v1c: that
         of the published files; tiny: for shapes.
-    recipe: that of the teacher (a key of reclip.RECIPES), to be kept in the checkpoint: the student
-        is evaluated at the sides that its recipe trained it with. The student itself does not
+    recipe: that of the teacher (a key of reclip.RECIPES), kept in the checkpoint: eval.py takes the
+        sides of this recipe, whatever sides were asked for in training. The student itself does not
         depend on it.
     head: one of HEADS.
     backbone_weights: "imagenet", a file (load_backbone says which), or None for random weights.
@@ -464,7 +464,9 @@ class DeepLabV2(nn.Module):
         """Logits or features on cells -> on pixels: (B, any, h, w) -> (B, any, height, width)."""
         # The last cells may reach over the image's edge (h * s >= H). So the grid is enlarged by
         # the stride exactly, bilinearly, and what lies over the edge cut off. Squeezing the whole
-        # grid into the image would shift every outline.
+        # grid into the image would shift every outline. (A ResNet's cell i is centered on pixel
+        # s * i, almost half a cell before the middle of where it is drawn; training through this
+        # function teaches the convolutions to make up for it.)
         h, w = grid.shape[-2:]
         size = (h * self.output_stride, w * self.output_stride)
         pixels = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)

@@ -26,7 +26,7 @@ Copied elsewhere, confusion_matrix and scores need no more than torch and IGNORE
 
 From an image, uint8 (3, H0, W0), to its mask (H0, W0), with a checkpoint of the default recipe:
     model = ReCLIP.load("runs/voc/rectify.pt")
-    seen = to_dtype(resize_within(image, 2048, 512), torch.float32, scale=True)  # in [0, 1]
+    seen = to_dtype(resize_within(image, 2048, 512, False), torch.float32, scale=True)  # 0 to 1
     mask = predict_mask(model, "rectify", seen, image.shape[1:], Protocol(2048, 512, denoise=0.5))
 """
 
@@ -68,7 +68,7 @@ from deeplab import DeepLabV2
 from reclip import PROMPTS, RECIPES, ReCLIP, open_rectification, released_kind, segment
 
 # Every model answers with Logits, M_q and M among them. A stage names the part that is its answer,
-# and the title of its masks. "clip" is a ReCLIP of which nothing but M_q is read: MaskCLIP.
+# and the title of its masks. "clip" reads M_q, which is MaskCLIP, unless the Query is learnt.
 STAGE_PARTS = {
     "clip": ("query", "CLIP"),
     "rectify": ("rectified", "rectified"),
@@ -81,8 +81,8 @@ STAGE_PARTS = {
 # One matrix of a whole split, and not one IoU per image: IoU is a ratio, and a mean of ratios
 # would let a class of 3 pixels in one image weigh as much as one that fills another. In most
 # images a class does not occur at all, and its ratio would be 0 / 0. Counts of pixels can simply
-# be added, so the matrices of all images are, and the ratio is taken once, at the end. So VOC has
-# always done it.
+# be added, so the matrices of all images are, and the ratio is taken once, at the end. VOC's own
+# evaluation does so too.
 
 def confusion_matrix(prediction, truth, num_classes):
     """Counts the pixels of each pair of true and predicted class.
@@ -456,8 +456,8 @@ def draw_examples(columns, facts, count=6, among=100):
     """Images of a split with truth and masks, a row each. -> PIL image
 
     Which images? Of the first `among`, those in which the first and the last column of masks differ
-    most, for better or worse: at the most evaluated pixels, as a share of the whole image. With one
-    column: the first ones.
+    at the largest share of pixels, for better or worse. Pixels that are not evaluated count as
+    equal. With one column: the first ones.
 
     columns: list of Column, over the same split. Each shows masks by its own protocol, the one that
         the mIoU in its title was measured with.
@@ -739,8 +739,8 @@ def parse_arguments(argv=None):
                          "--checkpoint runs/NAME/STAGE.pt")
 
     if args.images and args.data and args.data not in DATA:
-        raise ValueError(f"--data {args.data} is none of {', '.join(DATA)}; beside --images it names "
-                         "the data set whose classes and sizes are meant")
+        raise ValueError(f"--data {args.data} is none of {', '.join(DATA)}; beside --images it "
+                         "names the data set whose classes and sizes are meant")
     if args.stride is not None and not args.window:
         raise ValueError("--stride goes with --window")
 
@@ -766,7 +766,8 @@ def parse_arguments(argv=None):
         value = getattr(args, name)
         if value is not None:
             changes[name] = value
-    find_protocol(find_settings(args.data, args.recipe), args.stage, **changes)  # do they fit?
+    # ValueError if they do not fit
+    find_protocol(find_settings(args.data, args.recipe), args.stage, **changes)
     if args.background_threshold and not args.images:
         raise ValueError("--background-threshold goes with --images: pixels that a data set "
                          "evaluates all have a class")
@@ -881,14 +882,14 @@ def main(argv=None):
     # In the image of examples the earlier stages stand beside this one, as far as they are there.
     dataset = Evaluation(split, protocol.long_side, protocol.short_side)
     others = []
-    if args.stage == "rectify":
+    if args.stage == "rectify" and model.query is None:
         others = [Column(model, "clip", dataset, protocol)]
     elif teacher is not None:
         of_teacher = find_protocol(
             settings_of(teacher, "rectify", args.data), "rectify", **protocol_changes
         )
         seen = Evaluation(split, of_teacher.long_side, of_teacher.short_side)
-        for stage in ("clip", "rectify"):
+        for stage in ("clip", "rectify") if teacher.query is None else ("rectify",):
             others.append(Column(teacher, stage, seen, of_teacher))
 
     evaluate_stage(

@@ -255,8 +255,8 @@ class PositionalBias(nn.Module):
 
     channels: the paper has one, shared by all classes (Eq. (2)). A logit that all classes share
         cancels in every softmax and argmax over classes: it changes no mask and receives no
-        gradient. The released code has C, one per class, and so do we; 1 is offered as the paper's
-        text.
+        gradient. The released code has C, one per class, and so do we; channels=1 is the
+        paper's version.
     last_relu: released: a ReLU after the last batch norm too, hence M_p >= 0. The paper: not said.
     gain: fixed factor on the output (ours; 1, as in the paper, everywhere but on shapes). After a
         batch norm M_p starts with a spread of about 1, more than the cosines of different classes
@@ -299,8 +299,9 @@ def rectify_logits(query_logits, bias, subtract=True):
     """Eq. (3): M = M_q - M_b, all (B, C, h, w): what CLIP says, minus what it would say anyway.
 
     subtract: False adds M_b instead (Table 5). A bias that is free could take either sign. Ours is
-        not: M_p >= 0, and W_r must come from texts. So plus and minus are different models; the
-        paper measures minus to be better and speculates that it is the better prior.
+        not: M_p >= 0, since its net ends in a ReLU, and W_r must come from texts. So plus and minus
+        are different models; the paper measures minus to be better and speculates that it is the
+        better prior.
     """
     if subtract:
         return query_logits - bias
@@ -414,7 +415,7 @@ class ReCLIP(nn.Module):
     prompt_per_class: each class has L vectors of its own (ours); the paper's are shared.
     positional_channels: channels of M_p: None for C (released), 1 as the paper prints, 0 for no
         positional net (Table 4's second row).
-    tau: temperature of Eq. (5); None for 1 / (CLIP's own logit scale), which is 0.01 for OpenAI's.
+    tau: temperature of Eq. (5); None for CLIP's own, 1 / exp(logit_scale), 0.01 in OpenAI's.
     attention: how CLIP's last block is read, one of clip_model.ATTENTIONS.
     query_learnable: Table 3: a learnt prompt for M_q too. Both prompts start alike: at first the
         rows of both heads point the same way, and differ in length alone. Eq. (5) still compares
@@ -457,6 +458,10 @@ class ReCLIP(nn.Module):
         if recipe not in RECIPES:
             raise ValueError(f"recipe is {recipe!r}; it must be one of {', '.join(RECIPES)}")
         C = len(class_names)
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError("prompts must be a list of templates, such as 'a photo of a {}.'")
+        if not tau_1 > 0 or not (tau is None or tau > 0):
+            raise ValueError(f"tau_1 is {tau_1} and tau {tau}; temperatures must be above 0")
         if pool not in ("global", "mask"):
             raise ValueError(f"pool is {pool!r}; it must be 'global' or 'mask'")
         if attention not in ATTENTIONS:
@@ -520,7 +525,8 @@ class ReCLIP(nn.Module):
             self.positional = PositionalBias(width, channels, positional_last_relu, positional_gain)
 
         # In eval mode W_r, and M_p of each grid size, are the same for every image: computed once.
-        # Whatever may change a weight clears them: training, loading, another device or type.
+        # train(), eval(), load_state_dict of the whole model and .to() clear them. After a change
+        # of one part alone call eval() once more.
         self._cache = {}
         self.register_load_state_dict_post_hook(_forget_cache)
         self.to(clip.logit_scale.device)
@@ -679,13 +685,14 @@ class ReCLIP(nn.Module):
             torch.save(content, temporary)
 
     @classmethod
-    def load(cls, path, clip=None, device="cpu"):
+    def load(cls, path, clip=None, device=None):
         """A working segmenter from save's file, in eval mode. No code from the file is executed.
 
         Of the sequel's file it makes a ReCLIPPlusPlus.
 
         clip: None to load the CLIP that it was learnt on, from where it was found then; or that
             same CLIP, already loaded.
+        device: None for that of `clip`; without a clip, the CPU.
         Errors: FileNotFoundError; ValueError for a file that is none of save's, or of another CLIP.
         """
         try:
@@ -712,6 +719,8 @@ class ReCLIP(nn.Module):
             raise ValueError(f"{path} holds the control with one number per class, which is no "
                              "ReCLIP; tests/paper.py trains and measures it")
 
+        if device is None:
+            device = "cpu" if clip is None else clip.logit_scale.device
         if clip is None:
             clip = load_clip(source, device, quick_gelu)
         if clip.sha256 != sha256:
@@ -840,6 +849,8 @@ def segment(
     if len(logits) != 1:
         raise ValueError(f"segment takes the logits of one image, (1, C, h, w), not {len(logits)}: "
                          "images of a batch may want masks of different sizes; call it for each")
+    if logits.shape[1] > IGNORE:
+        raise ValueError(f"a mask of bytes has room for {IGNORE} classes, not {logits.shape[1]}")
     kept = strong_classes(logits, denoise, scale)                       # (C,) bool
     C, h, w = logits.shape[1:]
     y = centers_on_grid(label_size[0], image_size[0], h, output_stride, logits.device)    # (H0,)

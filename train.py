@@ -62,7 +62,14 @@ from datasets import (
     read_prompts,
 )
 from deeplab import HEADS, STUDENTS, DeepLabV2
-from eval import Column, best_device, check_device, evaluate_stage, find_protocol
+from eval import (
+    Column,
+    best_device,
+    check_device,
+    evaluate_stage,
+    find_protocol,
+    plain_clip,
+)
 from reclip import (
     PROMPTS,
     RECIPES,
@@ -150,6 +157,7 @@ def train_rectification(model, split, labels, settings, run):
         M = model.rectify(Z).rectified                                           # (B, C, h, w)
 
         # Eq. (4): every patch picks one class. These masks are hard, but a gradient passes through.
+        # (Patches of padding take part: they fall under some mask, and count in Eq. (5)'s mean.)
         masks = gumbel_softmax_masks(M, model.tau_1)                             # (B, C, h, w)
 
         # Eq. (5): what lies under the mask of a class must look like the text of that class. If it
@@ -206,7 +214,8 @@ def train_distillation(teacher, student, split, labels, settings, run):
     steps = math.ceil(settings.distill_epochs * len(split) / images_per_step)
 
     # Eq. (6) makes probabilities of cosines with the temperature of Eq. (5); a classifier that
-    # learns finds its own scale.
+    # learns finds its own scale. (Eq. (4) divides by the teacher's tau_1 under every head: beside a
+    # classifier's large logits its noise hardly counts.)
     mask_tau = settings.mask_tau
     if mask_tau is None:
         mask_tau = 1.0 if settings.head == "original" else teacher.tau
@@ -416,8 +425,9 @@ def origin_of(facts, settings, clip, prompts, split):
 def sides_before_windows(split, settings):
     """The sides that an image is resized within before windows are cut; 0, 0: not at all.
 
-    As released, windows are cut from a benchmark's image as it is. Images of your own may have any
-    size, and are first resized as for training (ours).
+    As released, windows are cut from a benchmark's image as it is (those are the data sets without
+    antialiasing). Images of your own may have any size, and are first resized as for training
+    (ours).
     """
     if split.antialias:
         return settings.rectify_long_side, settings.rectify_short_side
@@ -905,6 +915,8 @@ def parse_arguments(argv=None):
     facts = find_facts(args.data, args.classes)
     if args.prompts:
         facts = dataclasses.replace(facts, prompts=read_prompts(args.prompts))
+    if args.split and args.stage != "all":
+        raise ValueError("--split goes with --stage all; eval.py evaluates a single stage")
     if args.stage == "all" and not facts.splits:
         raise ValueError(f"--stage all evaluates, and {args.data} has no labels: use "
                          "--stage rectify or distill")
@@ -1022,12 +1034,15 @@ def main(argv=None):
             facts, settings, split, args.clip, args.teacher, labels_path, distillation
         )
 
+        # CLIP itself: with --query-learnable the M_q of `model` is no longer CLIP's.
+        plain = plain_clip(facts, model.clip, settings.attention, settings.recipe)
+
         # Only here is truth read, to measure what has been learnt.
         labelled = open_split(args.data, args.root, args.split, args.download)
         clip_row = "MaskCLIP (Query only)"
         both_row = "+ Reference + positional"
         rows = [
-            (clip_row, model, "clip", args.out, []),
+            (clip_row, plain, "clip", args.out, []),
             ("+ Reference", reference_model, "rectify", reference_only.out, []),
             (both_row, model, "rectify", args.out, [clip_row]),
             ("distilled", student, "distill", args.out, [clip_row, both_row]),

@@ -1146,3 +1146,20 @@ def test_a_learnable_query_has_a_prompt_per_class_too(clip):
     model.query.vectors.data[1] += 0.1 * torch.randn(5, 128)
     after, _ = model.heads()
     assert [torch.equal(a, b) for a, b in zip(before, after)] == [True, False, True]
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"prompts": "a photo of a {}."}, "prompts must be a list of templates"),
+    ({"prompts": []}, "prompts must be a list of templates"),
+    ({"tau_1": 0.0}, "temperatures must be above 0"),
+    ({"tau": -1.0}, "temperatures must be above 0"),
+])
+def test_prompts_and_temperatures_are_checked(clip, options, words):
+    with pytest.raises(ValueError, match=words):
+        ReCLIP(clip, ["cat", "dog"], W_q=torch.eye(2, 12), **options)
+
+
+def test_a_mask_of_bytes_has_room_for_255_classes():
+    assert segment(torch.zeros(1, 255, 2, 2), 8, (16, 16), (16, 16)).shape == (16, 16)
+    with pytest.raises(ValueError, match="room for 255 classes, not 256"):
+        segment(torch.zeros(1, 256, 2, 2), 8, (16, 16), (16, 16))

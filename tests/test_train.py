@@ -710,6 +710,7 @@ def test_distillation_refuses_a_teacher_of_other_classes(command, tmp_path):
             "a recipe goes with voc, context and ade20k alone",
         ),
         (["--device", "cuda:99"], "--device cuda:99"),
+        (["--stage", "rectify", "--split", "val"], "--split goes with --stage all"),
         (["--epochs", "21"], "rectify_epochs is 21; it must not be above rectify_poly_epochs, 20"),
         (
             ["--stage", "rectify", "--prompt_length", "0", "--positional_channels", "0"],

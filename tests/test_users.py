@@ -462,6 +462,18 @@ def test_distillation_keeps_the_labels_of_its_teachers_prompts(
     assert (tmp_path / "image_labels.json").read_bytes() == labels
 
 
+def test_the_row_of_clip_is_clip_even_if_the_query_learns(few_shapes, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(train, "print_table", lambda rows, *more: shown.append(rows))
+    train.main([
+        "--rectify-epochs", "1", "--distill-epochs", "1", "--query-learnable", "--device", "cpu",
+        "--out", str(tmp_path),
+    ])
+    (clip_row, _, both_row, _), = shown
+    assert clip_row[2] == "clip" and clip_row[1].query is None and both_row[1].query is not None
+    assert torch.equal(clip_row[1].heads()[0], both_row[1].W_q)
+
+
 def test_a_class_named_background_beside_a_threshold(coins, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("a {}")
