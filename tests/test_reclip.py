@@ -26,6 +26,7 @@ from reclip import (
     query_text_features,
     rectify_logits,
     segmentation_logits,
+    segment,
 )
 from test_clip_model import (
     encode_prompted_plain,
