@@ -880,17 +880,20 @@ def main(argv=None):
         return
 
     # In the image of examples the earlier stages stand beside this one, as far as they are there.
+    # A model whose Query has learnt cannot show what CLIP said: its M_q is no longer CLIP's.
     dataset = Evaluation(split, protocol.long_side, protocol.short_side)
     others = []
     if args.stage == "rectify" and model.query is None:
-        others = [Column(model, "clip", dataset, protocol)]
-    elif teacher is not None:
+        others.append(Column(model, "clip", dataset, protocol))
+    if teacher is not None:
+        # The teacher by its own protocol: other sides, and denoising, which the student has not.
         of_teacher = find_protocol(
             settings_of(teacher, "rectify", args.data), "rectify", **protocol_changes
         )
         seen = Evaluation(split, of_teacher.long_side, of_teacher.short_side)
-        for stage in ("clip", "rectify") if teacher.query is None else ("rectify",):
-            others.append(Column(teacher, stage, seen, of_teacher))
+        if teacher.query is None:
+            others.append(Column(teacher, "clip", seen, of_teacher))
+        others.append(Column(teacher, "rectify", seen, of_teacher))
 
     evaluate_stage(
         model, args.stage, facts, args.split, dataset, protocol, args.out, others, args.workers

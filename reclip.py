@@ -1067,9 +1067,11 @@ def read_kept_W_q(path, origin, device):
         return None
     try:
         kept = torch.load(path, map_location=device, weights_only=True)
-        return kept["W_q"] if kept["origin"] == origin else None
+        if kept["origin"] == origin:
+            return kept["W_q"]
     except Exception:  # not there, or whatever a broken file provokes
-        return None
+        pass
+    return None
 
 
 def read_tensors(path, device="cpu"):

@@ -952,7 +952,8 @@ def write_report(experiment, plan):
     for name, measured in results.items():
         percent[name] = [100 * result["miou"] for result in measured]
 
-    write_figures(experiment, results, folder)
+    curves = distance_curves(results)
+    write_figures(experiment, results, curves, folder)
     for key, (_, names) in plan.tables.items():
         write_table(plan, names, percent, paper_column(experiment), folder / f"{key}.csv")
 
@@ -960,7 +961,7 @@ def write_report(experiment, plan):
         *heading_lines(experiment, plan),
         *table_lines(experiment, plan, percent),
         *comparison_lines(experiment, plan, percent),
-        *figure_lines(),
+        *figure_lines(curves),
         *training_time_lines(experiment, plan),
     ]
     with written_atomically(folder / "report.md") as temporary:
@@ -969,19 +970,28 @@ def write_report(experiment, plan):
     print(f"\nwritten: {folder / 'report.md'}")
 
 
-def write_figures(experiment, results, folder):
-    """Figures 1(a), 1(b) and 3, as PNG files."""
-    facts = experiment.facts
-    distances = {}
-    confusions = {}
-    for title, name in (("CLIP", "clip"), ("rectified", "both"), ("distilled", "distilled")):
-        if name in results:  # summed over seeds
-            distances[title] = sum(torch.tensor(r["distances"]) for r in results[name])
-            confusions[title] = sum(torch.tensor(r["confusion"]) for r in results[name])
+# What Figures 1(a) and 1(b) compare: title -> name of the row
+FIGURE_ROWS = {"CLIP": "clip", "rectified": "both", "distilled": "distilled"}
 
+
+def distance_curves(results):
+    """Figure 1(a): {title: mIoU in percent, one for each bin of EDGES}, of all seeds together."""
     curves = {}
-    for title, counts in distances.items():
-        curves[title] = (100 * distance_miou(counts)).tolist()
+    for title, name in FIGURE_ROWS.items():
+        if name in results:
+            counts = sum(torch.tensor(result["distances"]) for result in results[name])
+            curves[title] = (100 * distance_miou(counts)).tolist()
+    return curves
+
+
+def write_figures(experiment, results, curves, folder):
+    """Figures 1(a), 1(b) and 3, as PNG files. curves: those of distance_curves."""
+    facts = experiment.facts
+    confusions = {}
+    for title, name in FIGURE_ROWS.items():
+        if name in results:
+            confusions[title] = sum(torch.tensor(result["confusion"]) for result in results[name])
+
     middles = [(a + b) / 2 for a, b in pairwise(EDGES)]
     draw_curves(
         curves,
@@ -1064,6 +1074,7 @@ def comparison_lines(experiment, plan, percent):
     for name, row in plan.rows.items():
         published[name] = row.paper[PUBLISHED.index(paper_column(experiment))]
 
+    # The sequel's number is its authors', on VOC: no step of the paper leads to it.
     steps = {}  # (from, to) -> gain that is expected; of the controls only the sign
     for _, names in plan.tables.values():
         in_paper = [name for name in names if published[name] and name != "plusplus"]
@@ -1086,8 +1097,8 @@ def comparison_lines(experiment, plan, percent):
     return lines
 
 
-def figure_lines():
-    """The figures with their captions."""
+def figure_lines(curves):
+    """The figures with their captions, and the numbers behind Figure 1(a)."""
     captions = {
         "figure1a": "1(a): mIoU over the images whose object of the class lies that far from the "
                     "center.",
@@ -1099,6 +1110,11 @@ def figure_lines():
     lines = ["", "## Figures"]
     for name, text in captions.items():
         lines += ["", f"Figure {text}", "", f"![{name}]({name}.png)"]
+
+    lines += ["", f"Figure 1(a) in numbers, by distance {EDGES}:", ""]
+    for title, values in curves.items():
+        shown = ", ".join(f"{value:.1f}" for value in values)
+        lines.append(f"- {title}: {shown}")
     return lines
 
 
