@@ -158,7 +158,7 @@ DATA = {
         classes=SHAPES_CLASSES,
         palette=SHAPES_PALETTE,
         background="ground pixels are ignored, 8 classes",
-        clip=str(Path(__file__).with_name("shapes_clip.pt")),
+        clip=str(Path(__file__).with_name("extras") / "shapes_clip.pt"),
         splits=("val", "test"),
         prompts=SHAPES_PROMPTS,
     ),
@@ -1142,7 +1142,7 @@ class Progress:
 
 # --- shapes: a miniature world, drawn from seeds, nothing stored ----------------------------------
 
-# The biases of its tiny CLIP are planted. It is pre-trained on the *web* (tests/pretrain.py):
+# The biases of its tiny CLIP are planted. It is pre-trained on the *web* (extras/pretrain.py):
 # captioned scenes, in which a class stands anywhere, and close-ups, in which each class keeps to
 # its own half of the image and mostly to its own color; and captions sometimes name a color by the
 # class that has it, "a box the color of a coin". The *target*, to be segmented, is drawn

@@ -714,10 +714,10 @@ class ReCLIP(nn.Module):
             raise ValueError(f"{path} is not a rectification checkpoint, or is truncated: "
                              f"{reason}") from error
 
-        # Files of earlier versions name a control that now stands in tests/paper.py.
+        # Files of earlier versions name a control that now stands in extras/paper.py.
         if settings.pop("constant_bias", False):
             raise ValueError(f"{path} holds the control with one number per class, which is no "
-                             "ReCLIP; tests/paper.py trains and measures it")
+                             "ReCLIP; extras/paper.py trains and measures it")
 
         if device is None:
             device = "cpu" if clip is None else clip.logit_scale.device

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import benchmark
+from extras import benchmark
 import clip_model
 
 

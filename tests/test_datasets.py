@@ -26,7 +26,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 import datasets
-import pretrain
+from extras import pretrain
 from datasets import (
     IGNORE,
     SETTINGS,

@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 
 import datasets
-import paper
+from extras import paper
 import train
 from clip_model import load_clip
 from conftest import ROOT
 from datasets import DATA, IGNORE, SETTINGS, Evaluation, open_split
 from deeplab import DeepLabV2
 from eval import Protocol
-from paper import (
+from extras.paper import (
     INK,
     SERIES,
     VIRIDIS,
@@ -251,7 +251,7 @@ def test_report_equals_an_independent_count(small, tmp_path):
     """Hand-made checkpoints; all that the report says is counted again from the models' own masks,
     pixel by pixel."""
     again = [*small, "--report-only"]
-    with pytest.raises(FileNotFoundError, match="plan.json is missing: run python tests/paper.py"):
+    with pytest.raises(FileNotFoundError, match="plan.json is missing: run python extras/paper.py"):
         paper.main(again)
 
     clip, facts, out = load_clip(DATA["shapes"].clip), DATA["shapes"], tmp_path / "paper"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import pretrain
+from extras import pretrain
 from clip_model import load_clip
 from datasets import HUES
 

@@ -1007,7 +1007,7 @@ def test_files_with_the_constant_bias_of_earlier_versions(saved):
     assert ReCLIP.load(path, model.clip).settings == model.settings
     content["settings"]["constant_bias"] = True
     torch.save(content, path)
-    with pytest.raises(ValueError, match="one number per class.*tests/paper.py") as caught:
+    with pytest.raises(ValueError, match="one number per class.*extras/paper.py") as caught:
         ReCLIP.load(path, model.clip)
     assert "\n" not in str(caught.value)
 

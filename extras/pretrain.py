@@ -1,6 +1,6 @@
 """A program that makes shapes_clip.pt: draws the web side of shapes and trains a tiny CLIP on it.
 
-    python tests/pretrain.py [--seed N] [--out DIR]       4 minutes on one CPU core
+    python extras/pretrain.py [--seed N] [--out DIR]       4 minutes on one CPU core
     python train.py --clip runs/shapes/shapes_clip.pt     with what it made, not the shipped one
 
 It is ours, not the paper's, which starts from OpenAI's weights. shapes is a demonstration of the

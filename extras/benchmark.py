@@ -1,7 +1,7 @@
 """A program that measures how fast and how large ReCLIP's parts are, beside a plain computation.
 
-    python tests/benchmark.py            on one CPU thread (12 minutes) or a GPU
-    python tests/benchmark.py --quick    the same on sizes too small to mean anything, in seconds
+    python extras/benchmark.py            on one CPU thread (12 minutes) or a GPU
+    python extras/benchmark.py --quick    the same on sizes too small to mean anything, in seconds
 
 It needs no network and no data: weights are random, and images are drawn.
 
@@ -59,7 +59,7 @@ from clip_model import CLIP, Tokenizer, normalize_pixels, written_atomically  # 
 from datasets import DATA, Augment, Evaluation, Files, TrainingStream, find_settings  # noqa: E402
 from deeplab import DeepLabV2  # noqa: E402
 from eval import check_device, find_protocol, predict_mask  # noqa: E402
-from pretrain import learn_merges  # noqa: E402  (of this folder)
+from extras.pretrain import learn_merges  # noqa: E402
 from reclip import (  # noqa: E402
     ReCLIP,
     ReCLIPPlusPlus,

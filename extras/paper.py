@@ -1,9 +1,9 @@
 """A program that makes the paper's evidence (Sec. 4): all tables, Figures 1 and 3, and controls.
 
-    python tests/paper.py                                all of it on shapes, about 40 minutes
-    python tests/paper.py --data voc --root DIR          the same on PASCAL VOC, context or ade20k
-    python tests/paper.py --rectification-only           without the rows that need a student
-    python tests/paper.py --report-only                  the report anew, from what is there
+    python extras/paper.py                                all of it on shapes, about 40 minutes
+    python extras/paper.py --data voc --root DIR          the same on PASCAL VOC, context or ade20k
+    python extras/paper.py --rectification-only           without the rows that need a student
+    python extras/paper.py --report-only                  the report anew, from what is there
 
 Rows that are missing are trained, several at a time; stopped, the same command goes on where it
 stopped. In <out>/paper (by default runs/shapes/paper) it leaves
@@ -277,14 +277,14 @@ def write_plan(plan, path):
 def read_plan(path):
     """What write_plan wrote; FileNotFoundError if nothing has been made yet."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run python tests/paper.py first, without "
+        raise FileNotFoundError(f"{path} is missing: run python extras/paper.py first, without "
                                 "--report-only")
     try:
         content = json.loads(path.read_text())
         rows = {name: Row(**row) for name, row in content["rows"].items()}
         return Plan(**(content | {"rows": rows}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or of another version: run python tests/paper.py "
+        raise ValueError(f"{path} is damaged or of another version: run python extras/paper.py "
                          "without --report-only") from error
 
 
@@ -621,7 +621,7 @@ def measured_row(experiment, plan, name, seed):
     elif row.stage == "linear":
         path = experiment.row_folder("distilled", seed) / "distill.pt"
     if path is not None and not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run python tests/paper.py without "
+        raise FileNotFoundError(f"{path} is missing: run python extras/paper.py without "
                                 "--report-only, it goes on where it stopped")
 
     identity = {
