@@ -9,18 +9,15 @@ What stands here, from top to bottom
     normalize_pixels          pixels in [0, 1] as CLIP's image encoder wants them
     Tokenizer, tokenize       text -> token ids, identical to OpenAI's (byte-pair encoding)
     ResidualAttentionBlock    a layer of either transformer
-      .value_path             its last layer as MaskCLIP and ReCLIP read it (Sec. 3.1)
-      .read_patches           that, and how later papers read it (ATTENTIONS)
+    maskclip                  how ReCLIP reads the last layer of the image tower (Sec. 3.1)
     VisionTransformer         image -> tokens; its positional embedding is p of Sec. 3.3
-    patch_tower               the same weights, run with another activation or class token
     CLIP                      the model; its parameter names are the keys of OpenAI's checkpoints
       .encode_image           (B, 3, H, W) -> (B, D)        one vector per image
       .encode_image_dense     (B, 3, H, W) -> (B, D, h, w)  one vector per patch: Z of Sec. 3.1
                               (not normalized yet; in the other files the vectors have length 1)
       .encode_text            (N, 77) -> (N, D)             one vector per text
       .encode_prompted        [SOT] v_1 .. v_L [name] [EOT] -> (C, D): the texts of Eq. (1)
-    load_clip                 OpenAI's files and plain state dicts, without running code from them
-    tour                      python clip_model.py: the shapes of all of it on one small image
+    load_clip                 OpenAI's, Hugging Face's and OpenCLIP's files, running no code of them
 
 Symbols
     B images, N texts, C classes, L prompt vectors (v_1 .. v_L of Eq. (1))
@@ -33,7 +30,8 @@ Symbols
          (encode_prompted packs the texts of all classes into one longer sequence)
     SOT, EOT    the tokens "start of text" and "end of text"
 
-To copy this file elsewhere: pip install torch ftfy regex. Nothing else of this project is needed.
+To copy this file elsewhere: pip install torch numpy ftfy regex. Nothing else of this project is
+needed.
 
 Zero-shot classification
     import torch
@@ -57,8 +55,9 @@ The same question asked of every patch (goes on from above; the images may have 
     print(masks.shape)                                          # torch.Size([4, 320, 224])
 
 Sources: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision"
-(2021) and openai/CLIP (MIT license) for the model; read_patches names those of the dense features.
-"Sec." and "Eq." are the ReCLIP paper's; "released" is its authors' code; "ours" was chosen here.
+(2021) and openai/CLIP (MIT license) for the model; MaskCLIP (Zhou et al., "Extract Free Dense
+Labels from CLIP", ECCV 2022) for the dense features. "Sec." and "Eq." are the ReCLIP paper's;
+"released" is its authors' code; "ours" was chosen here.
 """
 
 import copy
@@ -66,9 +65,12 @@ import gzip
 import hashlib
 import html
 import http.client
+import json
 import math
 import os
 import pickle
+import sys
+import urllib.request
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -86,55 +88,16 @@ from torch import nn
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# The ways in which encode_image_dense can read the last block; the first is the paper's.
-ATTENTIONS = ("maskclip", "sclip", "clearclip", "naclip")
-
-# OpenAI's vision transformers by their names, and the files that hold them.
-MODELS = {
-    "ViT-B/16": "ViT-B-16.pt",  # the paper's
-    "ViT-B/32": "ViT-B-32.pt",
-    "ViT-L/14": "ViT-L-14.pt",
-    "ViT-L/14@336px": "ViT-L-14-336px.pt",
-}
-
-# What is downloaded when it is missing: file name -> (url, sha256).
-OPENAI = "https://openaipublic.azureedge.net/clip/models"
-FILES = {
-    "ViT-B-16.pt": (
-        f"{OPENAI}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-        "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-    ),
-    "ViT-B-32.pt": (
-        f"{OPENAI}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    ),
-    "ViT-L-14.pt": (
-        f"{OPENAI}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-        "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    ),
-    "ViT-L-14-336px.pt": (
-        f"{OPENAI}/3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/"
-        "ViT-L-14-336px.pt",
-        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-    ),
-    "bpe_simple_vocab_16e6.txt.gz": (
-        "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
-    ),
-}
-
 
 def normalize_pixels(images, mean=MEAN, std=STD, valid=None):
-    """Subtracts the mean and divides by the standard deviation of each color.
+    """Subtracts each color's mean, divides by its standard deviation: (..., 3, H, W) -> the same.
 
-    Args:
-        images: (..., 3, H, W), floating point, in [0, 1].
-        mean, std: three numbers each, of the images that the network was trained on.
-        valid: (..., H, W) bool, where the image is: what lies outside is padding, and becomes 0,
-            the mean color. None: everywhere.
+    images: floating point, in [0, 1].
+    mean, std: three numbers each, of the images that the network was trained on.
+    valid: (..., H, W) bool, where the image is: what lies outside is padding, and becomes 0, the
+        mean color. None: everywhere.
+    -> about zero on average. (F.normalize is something else: it makes vectors of length 1.)
 
-    Returns: the same shape; about zero on average. (F.normalize is something else: it makes
-    vectors of length 1.)
     Errors: ValueError for whole numbers, such as uint8.
     """
     # In a tensor of whole numbers the mean and std would be cut to 0: a division by zero.
@@ -191,8 +154,7 @@ def byte_alphabet():
 class Tokenizer:
     """CLIP's byte-pair encoding: the same ids as OpenAI's `clip.tokenize` on any text.
 
-    Args:
-        merges: (left, right) pairs of pieces that are glued together, in order of rank.
+    merges: (left, right) pairs of pieces that are glued together, in order of rank.
 
     The vocabulary follows from them: 256 byte characters, the same 256 at the end of a word, one
     token per merge, SOT and EOT.
@@ -224,32 +186,13 @@ class Tokenizer:
     @classmethod
     @lru_cache  # read once; all models share one copy
     def from_file(cls, path=None):
-        """The tokenizer of a bpe_simple_vocab_16e6.txt.gz.
-
-        Args:
-            path: the file; None for the one in $CLIP_HOME, which is downloaded if missing.
-
-        Errors: ValueError for a file of something else; those of find_file.
-        """
-        path = Path(path) if path else find_file("bpe_simple_vocab_16e6.txt.gz")
-
+        """OpenAI's tokenizer. path: bpe_simple_vocab_16e6.txt.gz; None: the one in $CLIP_HOME."""
         # The file holds more merges than CLIP was trained with. It uses the first 48,894: together
         # with 2 * 256 characters, SOT and EOT these are its 49,408 tokens.
         count = 49408 - 2 * 256 - 2
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                lines = file.read().split("\n")[1:count + 1]  # the first line is a title
-
-            merges = []
-            for line in lines:
-                left, right = line.split()
-                merges.append((left, right))
-            if len(merges) < count:
-                raise ValueError(f"{len(merges)} merges")
-        except (OSError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is not CLIP's BPE vocabulary of {count:,} merges ({error}); "
-                             "delete it to have it downloaded again") from error
-        return cls(merges)
+        with gzip.open(path or find_file(VOCABULARY), "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1:count + 1]  # the first line is a title
+        return cls([line.split() for line in lines])
 
     def encode(self, text):
         """One text (str) -> its token ids (list of int), without SOT and EOT.
@@ -296,15 +239,10 @@ class Tokenizer:
         return self.rank.get(pair, math.inf)
 
     def __call__(self, texts, context_length=77, truncate=False):
-        """Texts as the text encoder wants them: [SOT] ids [EOT] 0 0 ...
+        """A str or a list of N -> [SOT] ids [EOT] 0 0 ..., (N, context_length) int64.
 
-        Args:
-            texts: a str, or a list of N of them.
-            context_length: tokens per row, SOT and EOT included.
-            truncate: true to cut texts that are too long (EOT keeps the last place).
-
-        Returns: (N, context_length) int64.
-        Errors: ValueError that names the text which is too long, unless `truncate`.
+        truncate: true to cut texts that are too long (EOT keeps the last place). Without it they
+        are a ValueError.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)  # (N, context_length)
@@ -320,12 +258,9 @@ class Tokenizer:
         return tokens
 
 
-def tokenize(texts, context_length=77, truncate=False, bpe_path=None):
-    """A str or a list of N -> (N, context_length) int64, in OpenAI's vocabulary.
-
-    bpe_path: its file; None for the one in $CLIP_HOME, which is downloaded if missing.
-    """
-    return Tokenizer.from_file(bpe_path)(texts, context_length, truncate)
+def tokenize(texts, context_length=77, truncate=False):
+    """A str or a list of N -> (N, context_length) int64, in OpenAI's vocabulary."""
+    return Tokenizer.from_file()(texts, context_length, truncate)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -343,7 +278,9 @@ class QuickGELU(nn.Module):
         return x * (1.702 * x).sigmoid_()
 
 
-QUERY, KEY, VALUE = 0, 1, 2  # the order in which in_proj_weight stacks the three projections
+# The order in which in_proj_weight stacks the three projections of attention. (The Query of
+# Sec. 3.1 is something else: a text.)
+QUERY, KEY, VALUE = 0, 1, 2
 
 
 class Attention(nn.Module):
@@ -371,16 +308,12 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
     def forward(self, x, mask=None, rows=None, causal=False):
-        """Attention from x to x.
+        """Attention from x to x: (B, T, E) -> (B, T, E), or (B, len(rows), E).
 
-        Args:
-            x: (B, T, E).
-            mask: bool, true where a token (row) may read another (column): (T, T), or
-                (len(rows), T) together with `rows`. None: each may read all.
-            rows: the positions whose output is wanted. None: all T.
-            causal: true if each token may read itself and what stands before it, no more.
-
-        Returns: (B, T, E), or (B, len(rows), E).
+        mask: bool, true where a token (row) may read another (column): (T, T), or (len(rows), T)
+            together with `rows`. None: each may read all.
+        rows: the positions whose output is wanted. None: all T.
+        causal: true if each token may read itself and what stands before it, no more.
         """
         # Keys and values of all T tokens; queries only of the rows whose output is wanted.
         readers = x if rows is None else x[:, rows]
@@ -392,41 +325,17 @@ class Attention(nn.Module):
         return self.join_heads(out)                             # (B, T or rows, E)
 
 
-def nearness(h, w, like, std=5.0):
-    """What NACLIP adds to the attention logits, so that patches read their neighbors more.
-
-        exp(-d^2 / (2 std^2))    for two patches that lie d patches apart; 0 for the class token
-
-    Args:
-        h, w: size of the grid of patches.
-        like: a tensor of the dtype and on the device wanted.
-        std: in patches; 5 is NACLIP's released value.
-
-    Returns: (n, 1 + n), a row per patch that reads; first column: the class token.
-    """
-    y = torch.arange(h, dtype=like.dtype, device=like.device)
-    x = torch.arange(w, dtype=like.dtype, device=like.device)
-
-    # d^2 = dy^2 + dx^2, so the Gaussian of d is a Gaussian of dy times one of dx. The Kronecker
-    # product multiplies every pair of them, in the order in which the grid is flattened.
-    of_rows = torch.exp(-(y[:, None] - y).square() / (2 * std ** 2))        # (h, h)
-    of_columns = torch.exp(-(x[:, None] - x).square() / (2 * std ** 2))     # (w, w)
-    patches = torch.kron(of_rows, of_columns)                               # (n, n)
-
-    return F.pad(patches, (1, 0))                                           # (n, 1 + n)
-
-
 class ResidualAttentionBlock(nn.Module):
     """x + attention, then x + MLP, a layer norm before each of the two (pre-norm)."""
 
-    def __init__(self, width, heads, activation=QuickGELU):
+    def __init__(self, width, heads, hidden, activation=QuickGELU):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width),
+            c_fc=nn.Linear(width, hidden),
             gelu=activation(),
-            c_proj=nn.Linear(4 * width, width),
+            c_proj=nn.Linear(hidden, width),
         ))
         self.ln_2 = nn.LayerNorm(width)
 
@@ -460,67 +369,29 @@ class ResidualAttentionBlock(nn.Module):
         x = x + self.attn.join_heads(value)                         # (B, T, E)
         return x + self.mlp(self.ln_2(x))
 
-    def read_patches(self, x, size, attention):
-        """The block as papers on segmentation read it, when it is the last of CLIP's.
 
-        Args:
-            x: tokens (B, 1 + n, E), the class token first.
-            size: (h, w), the grid of the patches.
-            attention: the variant:
-                "maskclip"   MaskCLIP (Zhou et al., ECCV 2022), the paper's: value_path
-                "sclip"      SCLIP (Wang et al., ECCV 2024): queries are compared with queries, keys
-                             with keys, and what both read is added
-                "clearclip"  ClearCLIP (Lan et al., ECCV 2024): queries with queries; no residual,
-                             no MLP
-                "naclip"     NACLIP (Hajimiri et al., "Pay Attention to Your Neighbours", WACV
-                             2025) in its "reduced" form: keys with keys, near ones more; no
-                             residual, no MLP
+def maskclip(block, tokens, size):
+    """How ReCLIP reads the last block of the image tower: (B, 1 + n, E) -> (B, n, E).
 
-        Returns: (B, n, E), the patches without the class token.
-        Errors: ValueError for any other variant.
-        """
-        if attention == "maskclip":
-            return self.value_path(x[:, 1:])
-
-        # The other three keep attention, but between vectors of one kind. A patch then reads mostly
-        # itself and the patches that look like it, so it averages over its own object.
-        # The class token is read like a patch, but it reads nothing: only patches are wanted.
-        y = self.ln_1(x)
-        v = self.attn.project(y, VALUE)                             # (B, heads, 1 + n, E / heads)
-
-        if attention == "sclip":
-            q = self.attn.project(y, QUERY)
-            k = self.attn.project(y, KEY)
-            by_queries = F.scaled_dot_product_attention(q[:, :, 1:], q, v)
-            by_keys = F.scaled_dot_product_attention(k[:, :, 1:], k, v)
-            x = x[:, 1:] + self.attn.join_heads(by_queries + by_keys)
-            return x + self.mlp(self.ln_2(x))
-
-        if attention == "clearclip":
-            # ClearCLIP's finding: what the residual carries is mostly noise for segmentation.
-            q = self.attn.project(y, QUERY)
-            by_queries = F.scaled_dot_product_attention(q[:, :, 1:], q, v)
-            return self.attn.join_heads(by_queries)
-
-        if attention == "naclip":
-            k = self.attn.project(y, KEY)
-            bonus = nearness(*size, v)                              # (n, 1 + n)
-            by_keys = F.scaled_dot_product_attention(k[:, :, 1:], k, v, attn_mask=bonus)
-            return self.attn.join_heads(by_keys)
-
-        raise ValueError(f"attention variant {attention!r} has no branch in "
-                         "ResidualAttentionBlock.read_patches: write one")
+    tokens: as they enter the block; the class token comes first, and is dropped.
+    size: (h, w), the grid of the patches. Each patch is read alone here, so it is not needed;
+        functions that take the place of this one may need it.
+    """
+    return block.value_path(tokens[:, 1:])
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. Either tower has one; each walks through its blocks in its own way."""
+    """A stack of blocks. Either tower has one; each walks through its blocks in its own way.
 
-    def __init__(self, width, layers, activation):
+    heads, hidden: of each block; None: OpenAI's rules, 64 numbers per head and MLPs of 4 E.
+    """
+
+    def __init__(self, width, layers, activation, heads=None, hidden=None):
         super().__init__()
-        # OpenAI's rule: 64 numbers per head. The shapes in a checkpoint do not tell the number.
-        heads = max(1, width // 64)
+        heads = heads or max(1, width // 64)
+        hidden = hidden or 4 * width
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, activation) for _ in range(layers)
+            ResidualAttentionBlock(width, heads, hidden, activation) for _ in range(layers)
         )
 
 
@@ -528,30 +399,37 @@ class Transformer(nn.Module):
 # The vision tower
 # --------------------------------------------------------------------------------------------------
 
+# OpenCLIP's largest image towers (ViT-H, g and bigG) do not follow OpenAI's rules, and the shapes
+# in a checkpoint do not tell the number of heads: width -> (heads, width of the MLPs).
+LARGE_TOWERS = {1280: (16, 5120), 1408: (16, 6144), 1664: (16, 8192)}
+
+
 class VisionTransformer(nn.Module):
     """ViT: an image is cut into patches, and each patch becomes a token.
 
-    Args:
-        patch: side of a patch in pixels (ViT-B/16: 16).
-        width: E_v.
-        layers: number of blocks.
-        grid: side of the grid of patches that the weights were trained on (ViT-B/16: 14, from
-            images of 224 x 224).
-        output_dim: D.
-        activation: class of the non-linearity of the MLPs.
+    patch: side of a patch in pixels (ViT-B/16: 16).
+    width, output_dim: E_v, D.
+    grid: side of the grid of patches that the weights were trained on (ViT-B/16: 14, from images of
+        224 x 224).
 
     Its last block is not run here: encode_image and encode_image_dense read it in different ways.
     """
 
     def __init__(self, patch, width, layers, grid, output_dim, activation=QuickGELU):
         super().__init__()
+        # With another number of heads the features would be wrong without a word.
+        heads, hidden = LARGE_TOWERS.get(width, (None, None))
+        if width > 1024 and heads is None:
+            raise ValueError(f"how many heads an image tower of width {width} has is not known: "
+                             "add it to LARGE_TOWERS")
+
         self.patch = patch
         self.grid = grid
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + grid * grid, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, activation)
+        self.transformer = Transformer(width, layers, activation, heads, hidden)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, output_dim))
 
@@ -572,12 +450,9 @@ class VisionTransformer(nn.Module):
         return F.interpolate(table, size=(h, w), mode="bicubic", align_corners=False)
 
     def embed(self, images):
-        """Images as the first block wants them.
+        """Images as the first block wants them: (B, 3, H, W) -> tokens (B, 1 + n, E_v), (h, w).
 
-        Args:
-            images: (B, 3, H, W), normalized (normalize_pixels); any size.
-
-        Returns: tokens (B, 1 + n, E_v), and the grid's size (h, w).
+        images: normalized (normalize_pixels); any size.
         """
         # Where H or W is no multiple of the patch, the image is padded on the right and below. In
         # normalized pixels 0 is the mean color, the most neutral one. CLIP.to_pixels cuts off again
@@ -605,37 +480,6 @@ class VisionTransformer(nn.Module):
         return x, size
 
 
-def patch_tower(visual, exact_gelu=False, class_token=None, eps=None):
-    """The same image tower once more, to be run in another way; its weights are not copied.
-
-    To read patches, the authors of ReCLIP ran the tower with another activation than CLIP was
-    trained with (their code of 2024), with a layer norm eps of 1e-6, and with a class token of
-    their own, which their published files contain. Whole images are still encoded as usual. So the
-    tower exists twice on the same parameters, and each of the two is an ordinary VisionTransformer:
-    nothing in the forward pass has to ask which of them is meant.
-
-    Args:
-        visual: a CLIP's .visual; it stays as it is.
-        exact_gelu: x * Phi(x) in the MLPs, in place of what `visual` has.
-        class_token: (E_v,) in place of class_embedding; None: the same.
-        eps: of the two layer norms of each block; None: the same.
-    """
-    # deepcopy's second argument lists what counts as copied already: here every parameter, so that
-    # only the modules around them are new.
-    shared = {id(parameter): parameter for parameter in visual.parameters()}
-    tower = copy.deepcopy(visual, shared)
-
-    if class_token is not None:
-        tower.class_embedding = nn.Parameter(class_token.clone(), requires_grad=False)
-    for block in tower.transformer.resblocks:
-        if exact_gelu:
-            block.mlp.gelu = nn.GELU()
-        if eps is not None:
-            block.ln_1.eps = eps
-            block.ln_2.eps = eps
-    return tower
-
-
 # --------------------------------------------------------------------------------------------------
 # CLIP
 # --------------------------------------------------------------------------------------------------
@@ -643,30 +487,17 @@ def patch_tower(visual, exact_gelu=False, class_token=None, eps=None):
 class CLIP(nn.Module):
     """CLIP with a vision transformer. load_clip makes one from a file.
 
-    Args:
-        embed_dim: D.
-        patch, vision_width, vision_layers, grid: VisionTransformer's.
-        context_length: the largest number of tokens in a text, SOT and EOT included (77).
-        vocab_size: number of tokens; the last two are SOT and EOT.
-        text_width, text_layers: E_t, and the number of blocks of the text tower.
-        quick_gelu: true for OpenAI's weights; false for weights trained with the exact GELU.
+    embed_dim, vision_width, text_width: D, E_v, E_t.
+    patch, grid: VisionTransformer's.
+    context_length: the largest number of tokens in a text, SOT and EOT included (77).
+    vocab_size: number of tokens; the last two are SOT and EOT.
+    quick_gelu: true for OpenAI's weights; false for weights trained with the exact GELU.
 
-    The weights are not initialized: call reset_parameters, or load some.
+    The weights are not initialized: load_clip fills them. (extras/pretrain.py trains some.)
     """
 
-    def __init__(
-        self,
-        embed_dim,
-        patch,
-        vision_width,
-        vision_layers,
-        grid,
-        context_length,
-        vocab_size,
-        text_width,
-        text_layers,
-        quick_gelu=True,
-    ):
+    def __init__(self, embed_dim, patch, vision_width, vision_layers, grid, context_length,
+                 vocab_size, text_width, text_layers, quick_gelu=True):
         super().__init__()
         activation = QuickGELU if quick_gelu else nn.GELU
 
@@ -692,20 +523,17 @@ class CLIP(nn.Module):
         self.eot = vocab_size - 1
         self.quick_gelu = quick_gelu
 
-        # load_clip sets these three.
+        # load_clip sets these two.
         self.tokenizer = None  # the weights' own; None for OpenAI's
         self.source = None     # the name or path that was loaded
-        self.sha256 = None     # of that file
 
     # ---- Images ----
 
     def encode_image(self, images):
-        """One vector per image, for classification.
+        """One vector per image, for classification: (B, 3, H, W) -> (B, D).
 
-        Args:
-            images: (B, 3, H, W), normalized (normalize_pixels).
-
-        Returns: (B, D), not of length 1: use F.normalize before you compare.
+        images: normalized (normalize_pixels).
+        -> vectors not of length 1: use F.normalize before you compare.
         """
         x, _ = self.visual.before_last(images)                      # (B, 1 + n, E_v)
 
@@ -714,28 +542,22 @@ class CLIP(nn.Module):
         x = last(x, rows=[0])[:, 0]                                 # (B, E_v)
         return self.visual.ln_post(x) @ self.visual.proj            # (B, D)
 
-    def encode_image_dense(self, images, attention="maskclip", visual=None):
+    def encode_image_dense(self, images, visual=None, read_last=maskclip):
         """One vector per patch, in the space of the texts: Z of Sec. 3.1 before it is normalized.
 
         The class token is dropped, and the last block is read so that each patch keeps what it
         shows (ResidualAttentionBlock.value_path says why). What follows is the same as for whole
         images: the final layer norm and the projection to the joint space, now on each patch.
 
-        Args:
-            images: (B, 3, H, W), normalized (normalize_pixels); any size.
-            attention: one of ATTENTIONS; "maskclip" is the paper's.
-            visual: a patch_tower of this CLIP's image tower; None: the tower itself.
-
-        Returns: (B, D, h, w), h = ceil(H / patch), w = ceil(W / patch); vectors not of length 1.
+        images: (B, 3, H, W), normalized (normalize_pixels); any size.
+        visual: a patch_tower of this CLIP's image tower; None: the tower itself.
+        read_last: how the last block is read; maskclip is the paper's.
+        -> (B, D, h, w), h = ceil(H / patch), w = ceil(W / patch); vectors not of length 1.
         """
-        if attention not in ATTENTIONS:
-            raise ValueError(f"attention is {attention!r}; it must be one of "
-                             f"{', '.join(ATTENTIONS)}")
-
         visual = visual or self.visual
         x, size = visual.before_last(images)                        # (B, 1 + n, E_v)
         last = visual.transformer.resblocks[-1]
-        x = last.read_patches(x, size, attention)                   # (B, n, E_v)
+        x = read_last(last, x, size)                                # (B, n, E_v)
         x = visual.ln_post(x) @ visual.proj                         # (B, n, D)
         return x.transpose(1, 2).unflatten(2, size)                 # (B, D, h, w)
 
@@ -766,13 +588,9 @@ class CLIP(nn.Module):
         return self.tokenizer_or_default()(texts, self.context_length, truncate)
 
     def encode_text(self, tokens):
-        """One vector per text.
+        """One vector per text: (N, context_length) int64, as `tokenize` gives them -> (N, D).
 
-        Args:
-            tokens: (N, context_length) int64, as `tokenize` gives them.
-
-        Returns: (N, D), not of length 1: the state of EOT, the only token that has read the
-        whole text.
+        It is the state of EOT, the only token that has read the whole text; not of length 1.
         """
         # EOT has the largest id of all, so argmax finds it. The tower is causal (no token reads
         # what comes later), so the zeros after the last EOT can be left out without any effect.
@@ -793,15 +611,13 @@ class CLIP(nn.Module):
         In place of words such as "a photo of a", these texts begin with L vectors that need not be
         the embedding of any word: the prompt is learnt (Sec. 3.2), and gradients reach it.
 
-        Args:
-            prompt: v_1 .. v_L, (L, E_t), the same for all classes; or (C, L, E_t), each class its
-                own. (Sec. 3.2 calls their width D. They stand in the place of words, so it is E_t;
-                in ViT-B/16 both are 512.)
-            endings: for each class the token ids after the prompt (C lists of int): its name, then
-                EOT. The state of the last one is the vector of the text. (A published file may cut
-                a long name so that EOT is lost: reclip.cut_ending.)
-
-        Returns: (C, D), not of length 1.
+        prompt: v_1 .. v_L, (L, E_t), the same for all classes; or (C, L, E_t), each class its own.
+            (Sec. 3.2 calls their width D. They stand in the place of words, so it is E_t; in
+            ViT-B/16 both are 512.)
+        endings: for each class the token ids after the prompt (C lists of int): its name, then EOT.
+            The state of the last one is the vector of the text. (A published model may cut a long
+            name so that EOT is lost.)
+        -> (C, D), not of length 1.
 
         The values are those of encoding one text after the other, at about a tenth of the time.
         All texts begin with the same SOT v_1 .. v_L, and in a causal tower the states of these
@@ -890,56 +706,181 @@ class CLIP(nn.Module):
 
     # ---- Weights ----
 
-    @torch.no_grad()
-    def reset_parameters(self):
-        """OpenAI's initialization of the text tower, for both towers, with biases 0 (ours).
+    def identity(self):
+        """What this CLIP is, as 64 hexadecimal digits: its tensors, its activation, its heads.
 
-        For training from scratch and for tests. Returns the model.
+        The same weights from another file (fp16 or fp32, of OpenAI or Hugging Face) are the same.
         """
-        for tower in (self.visual.transformer, self.transformer):
-            width = tower.resblocks[0].ln_1.weight.numel()
-            layers = len(tower.resblocks)
+        weights = tensors_sha256(self.state_dict())
+        image_heads = self.visual.transformer.resblocks[0].attn.heads
+        text_heads = self.transformer.resblocks[0].attn.heads
+        whole = f"{weights} {self.quick_gelu} {image_heads} {text_heads}"
+        return hashlib.sha256(whole.encode()).hexdigest()
 
-            # Each block adds two outputs to the residual stream. The more blocks, the smaller they
-            # start, so that the sum of all has about the same size at any depth.
-            into_std = width ** -0.5
-            onto_stream_std = width ** -0.5 * (2 * layers) ** -0.5
-            hidden_std = (2 * width) ** -0.5
 
-            for block in tower.resblocks:
-                nn.init.normal_(block.attn.in_proj_weight, std=into_std)
-                nn.init.normal_(block.attn.out_proj.weight, std=onto_stream_std)
-                nn.init.normal_(block.mlp.c_fc.weight, std=hidden_std)
-                nn.init.normal_(block.mlp.c_proj.weight, std=onto_stream_std)
+def patch_tower(visual, exact_gelu=False, class_token=None, eps=None):
+    """The same image tower once more, to be run in another way; its weights are not copied.
 
-                nn.init.zeros_(block.attn.in_proj_bias)
-                nn.init.zeros_(block.attn.out_proj.bias)
-                nn.init.zeros_(block.mlp.c_fc.bias)
-                nn.init.zeros_(block.mlp.c_proj.bias)
+    To read patches, the authors of ReCLIP ran the tower with another activation than CLIP was
+    trained with (their code of 2024), with a layer norm eps of 1e-6, and with a class token of
+    their own, which their published files contain. Whole images are still encoded as usual. So the
+    tower exists twice on the same parameters, and each of the two is an ordinary VisionTransformer:
+    nothing in the forward pass has to ask which of them is meant.
 
-        visual_std = self.visual.class_embedding.numel() ** -0.5            # 1 / sqrt(E_v)
-        nn.init.normal_(self.visual.class_embedding, std=visual_std)
-        nn.init.normal_(self.visual.positional_embedding, std=visual_std)
-        nn.init.normal_(self.visual.proj, std=visual_std)
+    visual: a CLIP's .visual; it stays as it is.
+    exact_gelu: x * Phi(x) in the MLPs, in place of what `visual` has.
+    class_token: (E_v,) in place of class_embedding; None: the same.
+    eps: of the two layer norms of each block; None: the same.
+    """
+    # deepcopy's second argument lists what counts as copied already: here every parameter, so that
+    # only the modules around them are new.
+    shared = {id(parameter): parameter for parameter in visual.parameters()}
+    tower = copy.deepcopy(visual, shared)
 
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=len(self.text_projection) ** -0.5)
-        return self
+    if class_token is not None:
+        tower.class_embedding = nn.Parameter(class_token.clone(), requires_grad=False)
+    for block in tower.transformer.resblocks:
+        if exact_gelu:
+            block.mlp.gelu = nn.GELU()
+        if eps is not None:
+            block.ln_1.eps = eps
+            block.ln_2.eps = eps
+    return tower
 
 
 # --------------------------------------------------------------------------------------------------
 # Files: where they are, how they come, how they are written
 #
-# From here on nothing is about CLIP itself. A first reader may go on at tour, the end of this file.
+# From here on nothing is about CLIP itself. A first reader may stop.
 # --------------------------------------------------------------------------------------------------
 
-def sha256_of(path):
-    """The sha256 of a file's content, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
+SILENCE = 30  # seconds in which an address may send nothing, before the next one is tried
+OPENAI = "https://openaipublic.azureedge.net/clip/models"
+HUGGING_FACE = "https://huggingface.co/openai"
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+
+# OpenAI's vision transformers: their file, its sha256 (a part of its address too), the same weights
+# at Hugging Face, and the sides of a patch and of an image in pixels, which tell them apart.
+MODELS = {
+    "ViT-B/16": (  # the paper's
+        "ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+        "clip-vit-base-patch16", (16, 224),
+    ),
+    "ViT-B/32": (
+        "ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+        "clip-vit-base-patch32", (32, 224),
+    ),
+    "ViT-L/14": (
+        "ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+        "clip-vit-large-patch14", (14, 224),
+    ),
+    "ViT-L/14@336px": (
+        "ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+        "clip-vit-large-patch14-336", (14, 336),
+    ),
+}
+
+
+def sources(name):
+    """Where a CLIP of MODELS, or the VOCABULARY, comes from: [(file name, address, sha256)]."""
+    if name == VOCABULARY:
+        url = f"https://github.com/openai/CLIP/raw/main/clip/{VOCABULARY}"
+        return [(name, url, "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")]
+
+    file, sha256, folder, _ = MODELS[name]
+    return [
+        (file, f"{OPENAI}/{sha256}/{file}", sha256),
+        # The sha256 of Hugging Face's files is not known here.
+        (f"{folder}.bin", f"{HUGGING_FACE}/{folder}/resolve/main/pytorch_model.bin", None),
+    ]
+
+
+def find_file(name):
+    """The path of a CLIP of MODELS, or of the VOCABULARY, in $CLIP_HOME; downloaded if missing.
+
+    $CLIP_HOME is ~/.cache/clip unless set, the folder that OpenAI's own package uses.
+    """
+    home = Path(os.environ.get("CLIP_HOME", "~/.cache/clip")).expanduser()
+    for file, _, sha256 in sources(name):
+        path = home / file
+        if path.exists():
+            if sha256 not in (None, digest_of(path)):
+                raise ValueError(f"{path} is not the official {file} (its sha256 differs): delete "
+                                 "it to have it downloaded again")
+            return path
+
+    failures = []
+    for file, url, sha256 in sources(name):
+        try:
+            download([url], home / file, "sha256", sha256)
+            return home / file
+        except OSError as error:
+            failures.append(str(error))
+    raise OSError("; ".join(failures))
+
+
+def download(urls, path, algorithm="sha256", digest=None):
+    """Fetches a file to `path` from the first of its addresses that has it.
+
+    algorithm, digest: its "sha256" or "md5", in hexadecimal digits. None: not known; that of what
+        has come is printed.
+
+    Errors: OSError of one sentence if no address gave it; then there is nothing new at `path`.
+    """
+    failures = []
+    for url in urls:
+        try:
+            with written_atomically(path) as temporary:
+                fetch(url, temporary)
+                found = digest_of(temporary, algorithm)
+                if digest not in (None, found):
+                    raise OSError(f"{url} sent another file, of {algorithm} {found}")
+            if digest is None:
+                print(f"{path} has the {algorithm} {found}; the official one is not known here")
+            return
+        except OSError as error:
+            failures.append(str(error))
+
+    raise OSError(f"no address gave {Path(path).name} of {algorithm} {digest or '(not known)'} "
+                  f"({', '.join(failures)}): fetch it elsewhere and put it at {path}")
+
+
+def fetch(url, path):
+    """Writes what an address sends to a file, with its progress on stderr.
+
+    Errors: OSError that names the address.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "ReCLIP"})
+    received = 0
+    try:
+        with urllib.request.urlopen(request, timeout=SILENCE) as answer, open(path, "wb") as file:
+            total = int(answer.headers.get("Content-Length", 0))
+            while block := answer.read(1 << 20):
+                file.write(block)
+                received += len(block)
+                print(f"\r{url}: {received >> 20} of {total >> 20} MB", end="", file=sys.stderr)
+        print(file=sys.stderr)
+        if received < total:
+            raise OSError(f"it broke off after {received:,} of {total:,} bytes")
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"{url}: {error}") from error
+
+
+def digest_of(path, algorithm="sha256"):
+    """The digest of a file's content, in hexadecimal digits."""
+    digest = hashlib.new(algorithm)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def tensors_sha256(state):
+    """The sha256 of {name: tensor}: of the names and the numbers (float32), sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -960,7 +901,7 @@ def written_atomically(path):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # the data must be on the disk before the new name is
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
@@ -974,58 +915,23 @@ def written_atomically(path):
         temporary.unlink(missing_ok=True)
 
 
-def download(url, path, sha256):
-    """Fetches `url` to `path`. The file appears only when it is whole and its sha256 is right."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"cannot download {url} ({error}); fetch it elsewhere and put it at "
-                      f"{path}") from error
-    except RuntimeError as error:
-        raise ValueError(f"{url} did not give the file with sha256 {sha256}; nothing was kept: try "
-                         f"again, or fetch it elsewhere and put it at {path}") from error
-
-
-def find_file(name):
-    """The path of one of FILES in $CLIP_HOME, downloaded if missing.
-
-    $CLIP_HOME is ~/.cache/clip unless set, the folder that OpenAI's own package uses.
-
-    Errors: OSError (no download), ValueError (a file that is not the official one).
-    """
-    folder = Path(os.environ.get("CLIP_HOME", "~/.cache/clip")).expanduser()
-    path = folder / name
-    url, sha256 = FILES[name]
-
-    if not path.exists():
-        download(url, path, sha256)
-    elif sha256_of(path) != sha256:
-        raise ValueError(f"{path} is not the official {name} (its sha256 differs): delete it to "
-                         "have it downloaded again")
-    return path
-
-
 # --------------------------------------------------------------------------------------------------
 # Loading weights
 #
 # Checkpoints are pickles, and a pickle is a small program: unpickling one with Python's defaults
 # runs whatever its author wrote. OpenAI's files are TorchScript archives, which carry code on top.
 # Nothing here runs anything from a file: a state dict goes through torch.load(weights_only=True),
-# and a TorchScript archive through an unpickler that knows tensors and nothing else.
+# a TorchScript archive through an unpickler that knows tensors and nothing else, and a safetensors
+# file holds no program.
 # --------------------------------------------------------------------------------------------------
 
-STORAGE_DTYPES = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+# Types of numbers, by their names in TorchScript archives and in safetensors files.
+DTYPES = {
+    "HalfStorage": torch.float16, "F16": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "BF16": torch.bfloat16,
+    "FloatStorage": torch.float32, "F32": torch.float32,
+    "DoubleStorage": torch.float64, "F64": torch.float64,
+    "LongStorage": torch.int64, "I64": torch.int64,
 }
 
 
@@ -1058,8 +964,8 @@ class ArchiveUnpickler(pickle._Unpickler):
             return dict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return tensor_in_storage
-        if module == "torch" and name in STORAGE_DTYPES:
-            return STORAGE_DTYPES[name]
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
     def persistent_load(self, record):
@@ -1075,13 +981,12 @@ def read_torchscript(path):
     """All tensors of a TorchScript archive as {dotted name: tensor}; executes nothing of it.
 
     Such an archive is a zip: <root>/data.pkl holds the tree of modules, <root>/data/0, 1, ... the
-    numbers. (torch.jit.load would run its code; torch.load(weights_only=True) refuses it.)
+    numbers, <root>/code/ the code. (torch.jit.load would run it; torch.load(weights_only=True)
+    refuses such files.)
     """
     with zipfile.ZipFile(path) as archive:
-        trees = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if not trees:
-            raise ValueError("it holds no data.pkl")
-        tree = ArchiveUnpickler(archive, trees[0].removesuffix("/data.pkl")).load()
+        root = archive.namelist()[0].split("/")[0]
+        tree = ArchiveUnpickler(archive, root).load()
 
     tensors = {}
     collect_tensors(tree, "", tensors)
@@ -1097,67 +1002,105 @@ def collect_tensors(module, prefix, tensors):
             collect_tensors(value, f"{prefix}{name}.", tensors)
 
 
-def read_state(path):
-    """The tensors of a checkpoint file.
+def read_safetensors(path):
+    """The tensors of a safetensors file as {name: tensor}.
 
-    Returns: the state dict, floating-point tensors as float32; and the merge list of its tokenizer
-    (None: OpenAI's).
-    Errors: FileNotFoundError, or ValueError for any file that cannot be read.
+    Such a file is 8 bytes with the length of a header; the header, in JSON: {name: {"dtype",
+    "shape", "data_offsets"}}; and the numbers of all tensors.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no CLIP weights at {path}: give a file, or a name of "
-                                f"{', '.join(MODELS)}")
+    tensors = {}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
 
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            file.seek(8 + length + begin)
+            raw = bytearray(file.read(end - begin))
+            tensors[name] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
+
+
+# Hugging Face's names of CLIP's parts, and OpenAI's.
+HUGGING_FACE_NAMES = {
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm": "visual.ln_pre",  # written like this
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "visual_projection": "visual.proj",
+    "self_attn": "attn",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+# What files hold beside the weights; the shapes of the weights say the same.
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
+
+
+def with_openai_names(tensors):
+    """A state dict from OpenAI, OpenCLIP or Hugging Face -> one as OpenAI's, in float32."""
+    state = {}
+    for key, value in tensors.items():
+        if key.split(".")[-1] in NO_WEIGHTS:
+            continue
+        # Training on several GPUs puts "module." first; OpenCLIP can put "text." on its text tower.
+        key = key.removeprefix("module.").removeprefix("text.")
+        for theirs, ours in HUGGING_FACE_NAMES.items():
+            key = key.replace(theirs, ours)
+        state[key] = value.float() if value.is_floating_point() else value
+
+    # Hugging Face keeps the projections to the joint space as linear layers, (D, E), and the three
+    # projections of attention apart.
+    for name in ("visual.proj", "text_projection"):
+        if f"{name}.weight" in state:
+            state[name] = state.pop(f"{name}.weight").T.contiguous()
+    for key in list(state):
+        if ".q_proj." in key:
+            q = state.pop(key)
+            k = state.pop(key.replace("q_proj", "k_proj"))
+            v = state.pop(key.replace("q_proj", "v_proj"))
+            state[key.replace("q_proj.", "in_proj_")] = torch.cat([q, k, v])
+    return state
+
+
+def is_torchscript(path):
+    """Only TorchScript archives are zip files with a folder of code."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def read_state(path):
+    """The tensors of a weights file, under OpenAI's names, and its tokenizer's merges (or None)."""
     merges = None
-    try:
-        members = []
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
-
-        # Weights hardly compress. What claims to unpack to so much would only fill the memory.
-        unpacked = sum(member.file_size for member in members)
-        if unpacked > 10 * os.path.getsize(path):
-            raise ValueError("it would unpack to more than ten times its size")
-
-        # Only TorchScript archives have a folder of code.
-        if any("/code/" in member.filename for member in members):
-            tensors = read_torchscript(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            if "state_dict" in tensors:
-                merges = tensors.get("merges")
-                tensors = tensors["state_dict"]
-
-        # What ReCLIP's authors published holds a whole CLIP beside what was learnt.
-        prefix = "module.clip."
-        if any(key.startswith(prefix) for key in tensors):
-            tensors = {
-                key.removeprefix(prefix): value
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
-
-        # OpenAI's archives hold three plain numbers beside the weights; the shapes say the same.
-        state = {}
-        for key, value in tensors.items():
-            if key in ("input_resolution", "context_length", "vocab_size"):
-                continue
-            state[key] = value.float() if value.is_floating_point() else value
-    except Exception as error:  # whatever a broken or hostile file provokes ends in one sentence
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(f"cannot read CLIP weights from {path} (truncated, not a checkpoint, or "
-                         f"unsafe): {reason}") from error
-    return state, merges
+    if path.suffix == ".safetensors":
+        tensors = read_safetensors(path)
+    elif is_torchscript(path):
+        tensors = read_torchscript(path)
+    else:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        merges = tensors.get("merges")
+        for wrapper in ("state_dict", "model_state_dict", "model"):
+            tensors = tensors.get(wrapper, tensors)
+    return with_openai_names(tensors), merges
 
 
 def count_layers(state, prefix):
-    """How many blocks a tower has: the different numbers after `prefix` in the keys."""
-    numbers = set()
-    for key in state:
-        if key.startswith(prefix):
-            numbers.add(key.removeprefix(prefix).split(".")[0])
-    return len(numbers)
+    """How many blocks a tower has: each has one ln_1."""
+    count = 0
+    while f"{prefix}.{count}.ln_1.weight" in state:
+        count += 1
+    return count
 
 
 def build_clip(state, quick_gelu=True):
@@ -1166,8 +1109,7 @@ def build_clip(state, quick_gelu=True):
     It is on the meta device, where tensors have shapes but no memory, until the weights are
     assigned: so the model is never in memory twice.
     """
-    embed_dim = state["text_projection"].shape[1]
-    text_width = state["ln_final.weight"].shape[0]
+    text_width, embed_dim = state["text_projection"].shape
     vision_width, _, patch, _ = state["visual.conv1.weight"].shape
     patches = state["visual.positional_embedding"].shape[0] - 1  # without the class token
 
@@ -1176,12 +1118,12 @@ def build_clip(state, quick_gelu=True):
             embed_dim=embed_dim,
             patch=patch,
             vision_width=vision_width,
-            vision_layers=count_layers(state, "visual.transformer.resblocks."),
+            vision_layers=count_layers(state, "visual.transformer.resblocks"),
             grid=math.isqrt(patches),
             context_length=state["positional_embedding"].shape[0],
             vocab_size=state["token_embedding.weight"].shape[0],
             text_width=text_width,
-            text_layers=count_layers(state, "transformer.resblocks."),
+            text_layers=count_layers(state, "transformer.resblocks"),
             quick_gelu=quick_gelu,
         )
 
@@ -1189,113 +1131,34 @@ def build_clip(state, quick_gelu=True):
 def load_clip(name_or_path="ViT-B/16", device="cpu", quick_gelu=True):
     """CLIP in eval mode, float32, frozen (no parameter requires a gradient).
 
-    Args:
-        name_or_path: a name of MODELS (in $CLIP_HOME, or downloaded; checked by sha256), or a file:
-            one of OpenAI's TorchScript archives of a ViT; a plain state dict, possibly as
-            {"state_dict": ..., "merges": [...]} with its own tokenizer; or a rectification that
-            ReCLIP's authors published, of which the CLIP inside is taken.
-        device: where the model is to be.
-        quick_gelu: False for OpenCLIP's LAION weights, which were trained with the exact GELU.
+    name_or_path: a name of MODELS (in $CLIP_HOME, or downloaded), or a file of a CLIP with a ViT:
+        OpenAI's TorchScript archives; Hugging Face's pytorch_model.bin or model.safetensors;
+        OpenCLIP's; state dicts, plain or as "state_dict", "model_state_dict" or "model" of a dict,
+        which may hold the "merges" of a tokenizer of its own beside it.
+    quick_gelu: false for weights that were trained with the exact GELU, as OpenCLIP's of LAION. The
+        files do not tell.
 
     Errors: FileNotFoundError, OSError (download), ValueError (any unfit file), one sentence each.
     """
-    if name_or_path in MODELS:
-        path = find_file(MODELS[name_or_path])
-    else:
-        path = Path(name_or_path)
-
-    state, merges = read_state(path)
-    if "visual.layer1.0.conv1.weight" in state:
-        raise ValueError(f"{path} is a CLIP with a ResNet; the features of patches need a ViT, "
-                         "such as ViT-B/16")
+    named = name_or_path in MODELS
+    path = find_file(name_or_path) if named else Path(name_or_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no CLIP weights at {path}: give a file, or a name of "
+                                f"{', '.join(MODELS)}")
 
     try:
+        state, merges = read_state(path)
         clip = build_clip(state, quick_gelu)
-        clip.load_state_dict(state, strict=True, assign=True)
+        clip.load_state_dict(state, assign=True)
         if merges is not None:
-            clip.tokenizer = Tokenizer([(left, right) for left, right in merges])
-            if clip.tokenizer.end != clip.eot:
-                raise ValueError("its merge list does not fit its token embedding")
-    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not hold the weights of a ViT CLIP: {reason}") from error
+            clip.tokenizer = Tokenizer(merges)
+        if named and (clip.visual.patch, clip.input_resolution) != MODELS[name_or_path][-1]:
+            raise ValueError(f"its patches or its images are not of the size of {name_or_path}")
+    except Exception as error:  # a file can hold anything
+        # The first sentence alone: torch's second one is advice to load the file unsafely.
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
+        raise ValueError(f"{path} does not hold the weights of a ViT CLIP, or is damaged "
+                         f"({type(error).__name__}: {reason})") from error
 
-    if name_or_path in MODELS:
-        clip.source = name_or_path
-    else:
-        clip.source = str(path.resolve())
-    clip.sha256 = sha256_of(path)
+    clip.source = name_or_path if named else str(path.resolve())
     return clip.eval().requires_grad_(False).to(device)
-
-
-# --------------------------------------------------------------------------------------------------
-# A guided tour: python clip_model.py
-# --------------------------------------------------------------------------------------------------
-
-def show(name, tensor, note):
-    """One line of a tour: name, shape, range, what it is."""
-    shape = str(tuple(tensor.shape))
-    print(f"{name:<22}{shape:<18}{tensor.min().item():8.3f} .. {tensor.max().item():<8.3f}{note}")
-
-
-@torch.no_grad()
-def tour():
-    """A piece of an image of `shapes` and its class names, through this repository's small CLIP."""
-    from datasets import DATA, open_split  # for the tour alone; nothing else here needs it
-
-    clip = load_clip(DATA["shapes"].clip)
-    names = DATA["shapes"].classes
-    split = open_split("shapes", None, "train")
-
-    H, W = 64, 48  # not square, so that h and w differ
-    image = split.image(0)[None, :, :H, :W].float() / 255                   # (1, 3, H, W)
-    truth = split.truth(0)[:H, :W]                                          # (H, W)
-
-    patch = clip.visual.patch
-    h, w = math.ceil(H / patch), math.ceil(W / patch)
-    print(f"B = 1 image of H x W = {H} x {W} pixels, h x w = {h} x {w} patches, n = {h * w}")
-    print(f"N = C = {len(names)} classes, L = 5 prompt vectors")
-    print(f"D = {clip.text_projection.shape[1]}, E_v = {clip.visual.class_embedding.shape[0]}, "
-          f"E_t = {clip.text_projection.shape[0]}: all the same in this small CLIP")
-    print()
-    print(f"{'name':<22}{'shape':<18}{'smallest .. largest':<28}what it is")
-
-    # The image, as pixels, as tokens, as one vector, and as one vector per patch.
-    pixels = normalize_pixels(image)
-    embedded, _ = clip.visual.embed(pixels)
-    Z = clip.encode_image_dense(pixels)
-    show("image", image, "(B, 3, H, W), in [0, 1]")
-    show("normalize_pixels", pixels, "(B, 3, H, W)")
-    show("positional_grid", clip.visual.positional_grid(h, w), "(1, E_v, h, w): p of Sec. 3.3")
-    show("embed", embedded, "(B, 1 + n, E_v): class token, patches")
-    show("encode_image", clip.encode_image(pixels), "(B, D): the whole image")
-    show("encode_image_dense", Z, "(B, D, h, w): Z of Sec. 3.1, not normalized yet")
-
-    # The texts. Any L vectors do as a prompt: here those of the vocabulary's first five tokens.
-    tokens = clip.tokenize([f"a photo of a {name}" for name in names])
-    texts = clip.encode_text(tokens)
-    prompt = clip.token_embedding.weight[:5]
-    endings = [[*clip.tokenizer.encode(name), clip.eot] for name in names]
-    prompted = clip.encode_prompted(prompt, endings)
-    show("tokenize", tokens, "(N, context_length): [SOT] ids [EOT] 0 ..")
-    show("encode_text", texts, "(N, D): one vector per text")
-    show("encode_prompted", prompted, "(C, D): the texts of Eq. (1)")
-
-    # What all of it is for: how much does each patch resemble each text?
-    cosines = torch.einsum("bdhw,nd->bnhw", F.normalize(Z, dim=1), F.normalize(texts, dim=1))
-    show("their cosines", cosines, "(B, N, h, w): M_q of Sec. 3.1, with one text per class")
-
-    print()
-    print("Left, the text that each patch resembles most; right, what its middle pixel shows")
-    print("(a dot: the ground, which is no class). ReCLIP is about the difference.")
-    print("    " + ", ".join(f"{c} {name}" for c, name in enumerate(names)))
-    nearest = cosines[0].argmax(dim=0)                                      # (h, w)
-    middle = truth[patch // 2::patch, patch // 2::patch]                    # (h, w)
-    for y in range(h):
-        left = [str(c) for c in nearest[y].tolist()]
-        right = [str(c) if c < len(names) else "." for c in middle[y].tolist()]
-        print("    " + " ".join(left) + "      " + " ".join(right))
-
-
-if __name__ == "__main__":
-    tour()
