@@ -6,7 +6,7 @@
 It is ours, not the paper's, which starts from OpenAI's weights. shapes is a demonstration of the
 mechanism, not a reproduction of the paper's numbers: its biases are planted, and this is how.
 
-The target (what is segmented; datasets.py draws it)
+The target (what is segmented; extras/shapes.py draws it)
     64 x 64 images, eight classes in four pairs of look-alikes (coin/ring, box/gem,
     star/flower, bee/beetle), one to four of them anywhere, on any of eight grounds.
     Look-alikes share two colors, each its own nearly three times as often. 1000 images to train on
@@ -75,19 +75,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip_model import CLIP, Tokenizer, normalize_pixels, written_atomically  # noqa: E402
-from datasets import (  # noqa: E402
-    GROUNDS,
-    HUES,
-    SHAPES_CLASSES,
-    SHAPES_PROMPTS,
-    Progress,
-    new_thing,
-    paint,
-)
-from eval import check_device  # noqa: E402
+from datasets import SHAPES_CLASSES, SHAPES_PROMPTS, Progress  # noqa: E402
+from extras.shapes import GROUNDS, HUES, new_thing, paint  # noqa: E402
 
 # Close-ups show their own hue in 78.5 % of cases, their twin's in 6.5 %; all else, with 0.5, shows
 # them in 62.5 % and 22.5 % (see new_thing).
@@ -280,6 +273,44 @@ def learn_merges(words):
 
 # --- The training ---------------------------------------------------------------------------------
 
+@torch.no_grad()
+def initialize(clip):
+    """OpenAI's initialization of the text tower, for both towers, with biases 0 (ours).
+
+    Fills the weights of a CLIP in place. -> the CLIP
+    """
+    for tower in (clip.visual.transformer, clip.transformer):
+        width = tower.resblocks[0].ln_1.weight.numel()
+        layers = len(tower.resblocks)
+
+        # Each block adds two outputs to the residual stream. The more blocks, the smaller they
+        # start, so that the sum of all has about the same size at any depth.
+        into_std = width ** -0.5
+        onto_stream_std = width ** -0.5 * (2 * layers) ** -0.5
+        hidden_std = (2 * width) ** -0.5
+
+        for block in tower.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=into_std)
+            nn.init.normal_(block.attn.out_proj.weight, std=onto_stream_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=hidden_std)
+            nn.init.normal_(block.mlp.c_proj.weight, std=onto_stream_std)
+
+            nn.init.zeros_(block.attn.in_proj_bias)
+            nn.init.zeros_(block.attn.out_proj.bias)
+            nn.init.zeros_(block.mlp.c_fc.bias)
+            nn.init.zeros_(block.mlp.c_proj.bias)
+
+    visual_std = clip.visual.class_embedding.numel() ** -0.5            # 1 / sqrt(E_v)
+    nn.init.normal_(clip.visual.class_embedding, std=visual_std)
+    nn.init.normal_(clip.visual.positional_embedding, std=visual_std)
+    nn.init.normal_(clip.visual.proj, std=visual_std)
+
+    nn.init.normal_(clip.token_embedding.weight, std=0.02)
+    nn.init.normal_(clip.positional_embedding, std=0.01)
+    nn.init.normal_(clip.text_projection, std=len(clip.text_projection) ** -0.5)
+    return clip
+
+
 def info_nce(images, texts, scale):
     """CLIP's loss: (B, D), (B, D) -> scalar. Image i and text i belong together, no others do."""
     images = F.normalize(images, dim=-1)
@@ -337,7 +368,7 @@ def pretrain_clip(seed, device="cpu", settings=PretrainSettings()):
     torch.manual_seed(seed)
     merges = learn_merges(shapes_words())
     tokenizer = Tokenizer(merges)
-    clip = CLIP(
+    clip = initialize(CLIP(
         embed_dim=128,
         patch=8,
         vision_width=128,
@@ -347,7 +378,7 @@ def pretrain_clip(seed, device="cpu", settings=PretrainSettings()):
         vocab_size=len(tokenizer.ids),
         text_width=128,
         text_layers=2,
-    ).reset_parameters().to(device)
+    )).to(device)
 
     moving_average = torch.optim.swa_utils.get_ema_multi_avg_fn(s.average)
     average = torch.optim.swa_utils.AveragedModel(clip, multi_avg_fn=moving_average)
@@ -408,7 +439,6 @@ def main(argv=None):
     add("--out", type=Path, default=Path("runs/shapes"), help="folder (default: runs/shapes)")
     add("--device", default=best_device, help="cpu or cuda (default: the best there is)")
     args = parser.parse_args(argv)
-    check_device(args.device)
     if args.device == "cpu":
         torch.set_num_threads(1)  # tensors this small gain little from more threads
     args.out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
