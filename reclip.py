@@ -12,7 +12,6 @@ The method in one drawing. Only what stands in [brackets] learns; CLIP is frozen
     Eq. (5)    mask c resemble text c?     under each mask     class              Eq. (4)
 
 What stands here, in the paper's order
-    RECIPES                         how CLIP is run: the authors' code of 2024, and of 2025
     query_text_features             Sec. 3.1    W_q, the frozen classifier
     ReferencePrompt                 Eq. (1)     W_r, from learnable vectors: class-preference bias
     PositionalBias                  Sec. 3.3    M_p, from CLIP's positions: space-preference bias
@@ -20,11 +19,10 @@ What stands here, in the paper's order
     gumbel_softmax_masks            Eq. (4)     hard masks that let a gradient through
     image_level_labels              Sec. 3.4    which classes does the image hold?
     masked_features, contrastive_loss  Eq. (5)
-    ReCLIP                          all of that as one module, with save and load
+    Options, ReCLIP                 all of that as one module, with save and load
     segment                         a mask of pixels from the logits of patches
     mask_guided_loss, feature_guided_loss, text_guided_loss, distillation_loss   Eq. (6)-(8)
-    open_rectification, ...         the files that the authors published (ReCLIP.from_released)
-    ReCLIPPlusPlus                  the authors' sequel, which is not this paper
+    RECIPES, PROMPTS                how the authors run CLIP; the 85 templates of the Query
 
 Symbols
     B images, C classes, D width of CLIP's joint space; H x W pixels, h x w patches, n = h * w
@@ -50,7 +48,7 @@ Copied elsewhere (with clip_model.py), it is used like this:
     # one step of training: images (B, 3, H, W) in [0, 1], thumbnails of them (B, 3, 224, 224)
     labels = model.image_labels(thumbnails, threshold=23, top_k=2)           # (B, C) bool
     Z = model.features(images)                                               # (B, D, h, w)
-    masks = gumbel_softmax_masks(model.rectify(Z).rectified, model.tau_1)    # (B, C, h, w)
+    masks = gumbel_softmax_masks(model.rectify(Z).rectified, tau_1=0.001)    # (B, C, h, w)
     loss = contrastive_loss(masked_features(Z, masks), model.W_q, labels, model.tau)
     loss.backward()
 
@@ -59,12 +57,13 @@ Copied elsewhere (with clip_model.py), it is used like this:
     mask = segment(logits, model.output_stride, (H, W), (H, W))              # (H, W) uint8
 
 Where the paper and its authors' released code differ, a comment says so; where both are worth a
-run, a named argument chooses.
+run, a field of Options chooses. "ours" was chosen here.
 """
 
-import hashlib
-import sys
-from contextlib import contextmanager
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -73,92 +72,37 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clip_model import (
-    ATTENTIONS,
     MEAN,
+    MODELS,
     STD,
     load_clip,
+    maskclip,
     normalize_pixels,
     patch_tower,
-    sha256_of,
-    show,
     written_atomically,
 )
 
 IGNORE = 255  # in masks: no class
 
 
-# --- Two recipes ----------------------------------------------------------------------------------
-
-class Recipe(NamedTuple):
-    """How CLIP is run for the features of patches."""
-    exact_gelu: bool  # in its image tower; False: CLIP's own activation
-    mean: tuple       # of the images, red, green, blue in [0, 1]
-    std: tuple
-
-
-# The authors' code exists in two states. On every data set they differ in the two things below;
-# sizes and epochs, which depend on the data set, are RECIPE_SIZES in datasets.py.
-#
-# cvpr2024 was published together with the paper's checkpoints, so we infer that it made the paper's
-# numbers. For patches it runs CLIP's image tower with another activation and normalization than
-# CLIP was trained with. 2025 runs it as it was trained, and so do we on shapes and on images of
-# your own. In both, texts and whole images (the pseudo-labels) are encoded as CLIP was trained.
-# Where nothing is said, ReCLIP() takes 2025, and train.py on the benchmarks cvpr2024.
-RECIPES = {
-    "cvpr2024": Recipe(True, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
-    "2025": Recipe(False, MEAN, STD),                                        # CLIP's
-}
-
-
 # --- Sec. 3.1: the Query --------------------------------------------------------------------------
 
-# The prompts of the Query: the 80 templates of CLIP's ImageNet ensemble and 5 "in the scene" ones
-# (MaskCLIP's list, which the authors use too), built from their parts. [a] is "a" or "the".
-
-_PHOTOS = ("bad", "black and white", "blurry", "bright", "close-up", "cropped", "dark", "good",
-           "jpeg corrupted", "low resolution", "pixelated")
-_WORKS = ("doodle", "drawing", "painting", "photo", "rendering", "rendition", "sculpture", "sketch",
-          "tattoo")
-_LOOKS = ("clean", "cool", "dirty", "hard to see", "large", "nice", "small", "weird")
-_MADE = ("cartoon", "embroidered", "origami", "plastic", "plushie", "toy")
-
-_WITH_ARTICLE = (
-    *(f"a {word} photo of [a] {{}}." for word in _PHOTOS),
-    *(f"a {word} of [a] {{}}." for word in _WORKS),
-    *(f"a photo of [a] {word} {{}}." for word in _LOOKS),
-    *(f"[a] {word} {{}}." for word in _MADE),
-    "art of [a] {}.",
-    "graffiti of [a] {}.",
-    "itap of [a] {}.",
-    "[a] {} in a video game.",
-    "there is [a] {} in the scene.",
-    "this is [a] {} in the scene.",
-)
-PROMPTS = (
-    *(template.replace("[a]", "a") for template in _WITH_ARTICLE),
-    *(template.replace("[a]", "the") for template in _WITH_ARTICLE),
-    "a photo of many {}.",
-    "a photo of my {}.",
-    "a photo of one {}.",
-    "itap of my {}.",
-    "this is one {} in the scene.",
-)
-
-
 @torch.no_grad()
-def query_text_features(clip, class_names, prompts=PROMPTS):
+def query_text_features(clip, class_names, prompts=None):
     """W_q (Sec. 3.1): for each class the normalized mean of its normalized text features, (C, D).
 
     One sentence about a cat is as much about the sentence as about the cat; the mean over many
     keeps what they share. "sofa | couch" is one class with two names, and both go into the
     mean: each is one more way to find it.
+
+    prompts: templates with {} for the name; None: PROMPTS.
     """
     device = clip.logit_scale.device
     rows = []
 
     for name in class_names:
         synonyms = [synonym.strip() for synonym in name.split("|")]
-        texts = [prompt.format(synonym) for synonym in synonyms for prompt in prompts]
+        texts = [prompt.format(synonym) for synonym in synonyms for prompt in prompts or PROMPTS]
         tokens = clip.tokenize(texts).to(device)                        # (texts, context)
         features = F.normalize(clip.encode_text(tokens), dim=-1)        # (texts, D)
         rows.append(F.normalize(features.mean(0), dim=-1))              # (D,)
@@ -189,15 +133,15 @@ class ReferencePrompt(nn.Module):
         text per class is enough, since the vectors before it are learnt.
     length: L. Sec. 3.2 has 73 = 77 - 2 (start and end) - 2 (name), whatever the name; the released
         code cuts longer names off. We shorten the prompt instead, so that the longest name fits.
-    cut_names: True cuts as the released code does; for the files that it wrote.
+    norm: the paper does not say how long W_r is. "frobenius" (released) divides by the norm of the
+        whole C x D matrix: a row has length about 1 / sqrt(C), and M_r is a mild correction to M_q.
+        "class" gives each row length 1: M_r is then as large as M_q itself.
     prompt_per_class: True gives each class L vectors of its own (ours; CoOp's class-specific
         contexts). The paper shares them "for efficiency". With a shared prompt the rows of W_r
         differ only by what the text encoder makes of that prompt before each name. A small encoder
         makes nearly the same of it before every name: it moves all rows alike, and what all classes
         share cancels.
-    norm: the paper does not say how long W_r is. "frobenius" (released) divides by the norm of the
-        whole C x D matrix: a row has length about 1 / sqrt(C), and M_r is a mild correction to M_q.
-        "class" gives each row length 1: M_r is then as large as M_q itself.
+    cut_names: for the files that the authors published; see cut_ending.
     """
 
     def __init__(
@@ -210,8 +154,7 @@ class ReferencePrompt(nn.Module):
         cut_names=False,
     ):
         super().__init__()
-        if norm not in ("frobenius", "class"):
-            raise ValueError(f"reference_norm is {norm!r}; it must be 'frobenius' or 'class'")
+        self.norm = norm
 
         # What follows the prompt in the text of each class: its name and EOT, which is read.
         tokenizer = clip.tokenizer_or_default()
@@ -219,13 +162,12 @@ class ReferencePrompt(nn.Module):
         self.endings = [[*name, clip.eot] for name in names]            # C lists of token ids
         if cut_names:
             self.endings = [cut_ending(ending) for ending in self.endings]
-        longest = max(len(ending) for ending in self.endings)
 
+        longest = max(len(ending) for ending in self.endings)
         length = min(length, clip.context_length - 1 - longest)
         if length < 1:
             raise ValueError(f"no room for a prompt: the longest class name has {longest - 1} of "
-                             f"this CLIP's {clip.context_length} tokens, or prompt_length is "
-                             "below 1")
+                             f"this CLIP's {clip.context_length} tokens")
 
         # Released: every vector starts as the embedding of token 0 ("!"). They do not stay equal,
         # because each stands at another position of the text.
@@ -234,7 +176,6 @@ class ReferencePrompt(nn.Module):
         if prompt_per_class:
             vectors = vectors.repeat(len(class_names), 1, 1)            # (C, L, E_t)
         self.vectors = nn.Parameter(vectors)
-        self.norm = norm
 
     def forward(self, clip):
         W_r = clip.encode_prompted(self.vectors, self.endings)          # (C, D)
@@ -258,11 +199,11 @@ class PositionalBias(nn.Module):
         gradient. The released code has C, one per class, and so do we; channels=1 is the
         paper's version.
     last_relu: released: a ReLU after the last batch norm too, hence M_p >= 0. The paper: not said.
-    gain: fixed factor on the output (ours; 1, as in the paper, everywhere but on shapes). After a
-        batch norm M_p starts with a spread of about 1, more than the cosines of different classes
-        differ by (0.02 in OpenAI's CLIP, 0.2 in that of shapes): at first M_p decides the masks.
-        The 20 epochs of shapes are too short to tame it. There a small factor makes M_p start
-        small and, since gradients carry it too, move calmly.
+    gain: fixed factor on the output (ours; 1, as in the paper, on the benchmarks). After a batch
+        norm M_p starts with a spread of about 1, more than the cosines of different classes differ
+        by (0.02 in OpenAI's CLIP, 0.2 in that of shapes): at first M_p decides the masks. The
+        paper's long trainings tame it. In a short one a small factor makes M_p start small and,
+        since gradients carry it too, move calmly.
     """
 
     def __init__(self, width, channels, last_relu=True, gain=1.0):
@@ -385,7 +326,52 @@ def contrastive_loss(pooled, W_q, labels, tau):
 
 # --- All of it as one module ----------------------------------------------------------------------
 
-class Logits(NamedTuple):
+def option(default, help, choices=None):
+    """A field of a dataclass of options: its default, what it is and whose, what it may be."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be chosen about a ReCLIP. The defaults are the paper's and its released code's.
+
+    The checkpoint keeps them, and train.py makes an option of its command line of each.
+    """
+    recipe: str = option(
+        "cvpr2024", "how CLIP is run for patches: RECIPES in reclip.py", ("cvpr2024", "2025"))
+    prompt_length: int = option(
+        73, "L of Eq. (1), in tokens; shortened so that the longest class name fits (Sec. 3.2); 0: "
+        "no Reference")
+    prompt_per_class: bool = option(
+        False, "each class has L vectors of its own (ours); the paper's are shared")
+    reference_norm: str = option(
+        "frobenius", "length of W_r: of the whole matrix (released) or of each class",
+        ("frobenius", "class"))
+    query_learnable: bool = option(False, "the Query's prompt learns too (Table 3)")
+    positional_channels: int = option(
+        None, "channels of M_p: one a class if not given (released), 1 (Eq. (2)), 0: no M_p")
+    positional_last_relu: bool = option(
+        True, "ReLU after the last batch norm of the positional net (released)")
+    positional_gain: float = option(1.0, "fixed factor on M_p, for a small start (ours)")
+    subtract: bool = option(True, "subtract the bias; else add it (Table 5)")
+    tau_1: float = option(0.001, "temperature of the Gumbel-softmax, Eq. (4) (released)")
+    tau: float = option(
+        None, "temperature of Eq. (5); if not given, 1 / exp(CLIP's logit_scale) (released)")
+    pool: str = option(
+        "global", "pooling of masked features: over all patches (Sec. 3.4) or over the mask's",
+        ("global", "mask"))
+    cut_names: bool = option(
+        False, "class names cut to three tokens: published files (cut_ending in reclip.py)")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            value = getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} is {value!r}; it must be {' or '.join(choices)}")
+
+
+class Output(NamedTuple):
     """What ReCLIP says of each patch, part by part."""
     query: torch.Tensor       # M_q (B, C, h, w), cosines
     reference: torch.Tensor   # M_r (B, C, h, w)
@@ -398,170 +384,105 @@ class Logits(NamedTuple):
 FROZEN = ("clip.", "dense_visual.")
 
 
-def _forget_cache(model, incompatible_keys):
-    """Hook after load_state_dict: what was computed from the old weights is no longer true."""
-    model._cache.clear()
-
-
 class ReCLIP(nn.Module):
-    """CLIP, frozen, with what is learnt about its biases: images (B, 3, H, W) in [0, 1] -> Logits.
+    """CLIP, frozen, with what is learnt about its biases: images (B, 3, H, W) in [0, 1] -> Output.
 
     clip: a CLIP of load_clip's. It is frozen in place (requires_grad off, eval mode) and kept, not
         copied.
     class_names: C strings, synonyms separated by "|": ["cat | kitten", "dog", "grass"].
-    prompts: templates of the Query, with {} for the name.
     W_q: (C, D), if it is known already; then the prompts are not read.
-    prompt_length: L of Eq. (1); 0 for no Reference.
-    prompt_per_class: each class has L vectors of its own (ours); the paper's are shared.
-    positional_channels: channels of M_p: None for C (released), 1 as the paper prints, 0 for no
-        positional net (Table 4's second row).
-    tau: temperature of Eq. (5); None for CLIP's own, 1 / exp(logit_scale), 0.01 in OpenAI's.
-    attention: how CLIP's last block is read, one of clip_model.ATTENTIONS.
-    query_learnable: Table 3: a learnt prompt for M_q too. Both prompts start alike: at first the
-        rows of both heads point the same way, and differ in length alone. Eq. (5) still compares
-        with CLIP's own W_q (ours): a loss that could move its own targets would have a trivial
-        minimum.
-    subtract: Table 5: False adds the bias.
-    recipe: a key of RECIPES, how CLIP is run for patches: "2025" as it was trained; "cvpr2024",
-        with which the paper's numbers were probably made, is train.py's default on the benchmarks.
-    cut_names, reference_norm, positional_last_relu, positional_gain, tau_1, pool: see the functions
-        above.
-
-    Errors: ValueError for a value outside of these choices, or class names that do not work.
+    prompts: templates of the Query, with {} for the name; None: PROMPTS.
+    attention: how CLIP's last block is read, a function like clip_model.maskclip (the paper's).
+        extras/paper.py has others. Its name goes into the checkpoint.
+    reading: of the authors' published files, which read patches with a class token and a layer norm
+        eps of their own: {"class_token": (E_v,), "eps": 1e-6}.
+    protocol: how evaluation shows it images, kept in the checkpoint for eval.py: {"long_side": ..,
+        "short_side": .., "antialias": .., "denoise": ..}.
+    options: fields of Options, by name: ReCLIP(clip, names, tau_1=0.01).
     """
-    method = "reclip"  # in the checkpoint; ReCLIPPlusPlus has another
+    stage = "rectify"  # in the checkpoint: what kind of file it is
 
     def __init__(
         self,
         clip,
         class_names,
         *,
-        prompt_length=73,
-        prompt_per_class=False,
-        reference_norm="frobenius",
-        query_learnable=False,
-        positional_channels=None,
-        positional_last_relu=True,
-        positional_gain=1.0,
-        subtract=True,
-        attention="maskclip",
-        tau_1=0.001,
-        tau=None,
-        pool="global",
-        recipe="2025",
-        cut_names=False,
-        prompts=PROMPTS,
         W_q=None,
+        prompts=None,
+        attention=maskclip,
+        reading=None,
+        protocol=None,
+        **options,
     ):
         super().__init__()
-        check_class_names(class_names)
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe is {recipe!r}; it must be one of {', '.join(RECIPES)}")
-        C = len(class_names)
-        if isinstance(prompts, str) or not prompts:
-            raise ValueError("prompts must be a list of templates, such as 'a photo of a {}.'")
-        if not tau_1 > 0 or not (tau is None or tau > 0):
-            raise ValueError(f"tau_1 is {tau_1} and tau {tau}; temperatures must be above 0")
-        if pool not in ("global", "mask"):
-            raise ValueError(f"pool is {pool!r}; it must be 'global' or 'mask'")
-        if attention not in ATTENTIONS:
-            raise ValueError(f"attention is {attention!r}; it must be one of "
-                             f"{', '.join(ATTENTIONS)}")
-        if positional_channels not in (None, 0, 1, C):
-            raise ValueError(f"positional_channels is {positional_channels}; it must be 0, 1 or "
-                             f"the number of classes, {C}")
-
-        # Kept in the checkpoint, so that load builds the same module again.
-        self.settings = {
-            "prompt_length": prompt_length,
-            "prompt_per_class": prompt_per_class,
-            "reference_norm": reference_norm,
-            "query_learnable": query_learnable,
-            "positional_channels": positional_channels,
-            "positional_last_relu": positional_last_relu,
-            "positional_gain": positional_gain,
-            "subtract": subtract,
-            "attention": attention,
-            "tau_1": tau_1,
-            "tau": tau,
-            "pool": pool,
-            "recipe": recipe,
-            "cut_names": cut_names,
-            "prompts": list(prompts),
-        }
-        self.clip = clip.requires_grad_(False).eval()
-        self.recipe = recipe
-        self.released = None  # class token and eps of a published file (from_released)
-        self.make_dense_visual()
+        check_texts(class_names, prompts)
+        options = Options(**options)
+        self.options = options
         self.class_names = tuple(class_names)
-        self.prompts = tuple(prompts)
-        self.subtract = subtract
+        self.prompts = tuple(prompts or PROMPTS)
         self.attention = attention
-        self.pool = pool
-        self.tau_1 = tau_1
-        self.tau = 1 / clip.logit_scale.exp().item() if tau is None else tau
+        self.reading = reading
+        self.protocol = protocol
         self.scale = 100                          # as released
         self.output_stride = clip.visual.patch    # pixels from one patch to the next
+        self.tau = options.tau
+        if self.tau is None:
+            self.tau = 1 / clip.logit_scale.exp().item()
+
+        # Texts and whole images (the pseudo-labels) are encoded by CLIP as it was trained. For
+        # patches the recipe may run the same weights in another way.
+        self.clip = clip.requires_grad_(False).eval()
+        exact_gelu = RECIPES[options.recipe].exact_gelu
+        self.dense_visual = patch_tower(clip.visual, exact_gelu, **(reading or {}))
 
         if W_q is None:
-            W_q = query_text_features(clip, class_names, prompts)
+            W_q = query_text_features(clip, class_names, self.prompts)
         self.register_buffer("W_q", W_q)          # (C, D)
 
         # The parts that learn. None where an ablation leaves one out.
         self.query = None
         self.reference = None
         self.positional = None
-        if query_learnable:
+        of_prompt = (options.prompt_per_class, options.cut_names)
+        if options.query_learnable:
+            # Table 3. Both prompts start alike: at first the rows of both heads point the same way,
+            # and differ in length alone. Eq. (5) still compares with CLIP's own W_q (ours): a loss
+            # that could move its own targets would have a trivial minimum.
             self.query = ReferencePrompt(
-                clip, class_names, prompt_length, "class", prompt_per_class, cut_names
+                clip, class_names, options.prompt_length, "class", *of_prompt
             )
-        if prompt_length:
+        if options.prompt_length:
             self.reference = ReferencePrompt(
-                clip, class_names, prompt_length, reference_norm, prompt_per_class, cut_names
+                clip, class_names, options.prompt_length, options.reference_norm, *of_prompt
             )
-        channels = C if positional_channels is None else positional_channels
+        channels = options.positional_channels
+        if channels is None:
+            channels = len(class_names)
         if channels:
             width = clip.visual.class_embedding.numel()                 # E_v
-            self.positional = PositionalBias(width, channels, positional_last_relu, positional_gain)
+            self.positional = PositionalBias(
+                width, channels, options.positional_last_relu, options.positional_gain
+            )
 
-        # In eval mode W_r, and M_p of each grid size, are the same for every image: computed once.
-        # train(), eval(), load_state_dict of the whole model and .to() clear them. After a change
-        # of one part alone call eval() once more.
-        self._cache = {}
-        self.register_load_state_dict_post_hook(_forget_cache)
+        # In eval mode nothing learns, so the heads, and M_p on the grid of the last image, are made
+        # once and kept. They are no part of the state dict.
+        self.register_buffer("kept_heads", None, persistent=False)      # (2, C, D)
+        self.register_buffer("kept_M_p", None, persistent=False)        # (1, C, h, w)
         self.to(clip.logit_scale.device)
 
     def train(self, mode=True):
-        """As in every module; CLIP stays in eval mode."""
-        self._cache.clear()
+        """As in every module; CLIP stays in eval mode, and what eval mode keeps is made anew."""
         super().train(mode)
         self.clip.eval()
         self.dense_visual.eval()
+        self.kept_heads = None
+        self.kept_M_p = None
+        if not mode:
+            with torch.no_grad():
+                self.kept_heads = torch.stack(self.heads())             # (2, C, D)
         return self
 
-    def _apply(self, *args, **kwargs):
-        """Every .to(), .double(), .cuda() passes through here."""
-        self._cache.clear()
-        return super()._apply(*args, **kwargs)
-
     # -- from an image to its logits ---------------------------------------------------------------
-
-    def make_dense_visual(self, class_token=None, eps=None):
-        """Makes dense_visual: CLIP's image tower on the same weights, with the recipe's activation.
-
-        class_token, eps: of a published file (see patch_tower); None: CLIP's.
-        Only the features of patches use it. Whole images go through CLIP's own tower, so the
-        pseudo-labels do not depend on the recipe.
-        """
-        exact_gelu = RECIPES[self.recipe].exact_gelu
-        self.dense_visual = patch_tower(self.clip.visual, exact_gelu, class_token, eps)
-
-    def make_released_dense_visual(self, state):
-        """Makes dense_visual with the class token of a published file and the eps of its code."""
-        class_token = state["vit.cls_token"].float()                    # (1, 1, E_v)
-        class_token = class_token.reshape(self.clip.visual.class_embedding.shape)
-        self.released = {"class_token": class_token, "eps": 1e-6}
-        self.make_dense_visual(**self.released)
 
     @torch.no_grad()
     def features(self, images, valid=None):
@@ -570,9 +491,9 @@ class ReCLIP(nn.Module):
         valid: (B, H, W) bool, False where an image was padded; None: nowhere.
         No gradient: CLIP is frozen. Length 1, so that products with W_q are cosines.
         """
-        recipe = RECIPES[self.recipe]
+        recipe = RECIPES[self.options.recipe]
         pixels = normalize_pixels(images, recipe.mean, recipe.std, valid)
-        Z = self.clip.encode_image_dense(pixels, self.attention, self.dense_visual)
+        Z = self.clip.encode_image_dense(pixels, self.dense_visual, self.attention)
         return F.normalize(Z, dim=1)                                    # (B, D, h, w)
 
     def heads(self):
@@ -581,28 +502,31 @@ class ReCLIP(nn.Module):
         With query_learnable the first is what was learnt in its place; without a Reference the
         second is 0.
         """
+        if self.kept_heads is not None:
+            W_q, W_r = self.kept_heads
+            return W_q, W_r
+
         W_q = self.W_q
         if self.query is not None:
-            W_q = self._once("query", self.query, self.clip)
+            W_q = self.query(self.clip)
         W_r = torch.zeros_like(self.W_q)
         if self.reference is not None:
-            W_r = self._once("reference", self.reference, self.clip)
+            W_r = self.reference(self.clip)
         return W_q, W_r
 
     def positional_logits(self, h, w):
         """M_p on a grid of h x w patches, (1, C, h, w); (1, 1, h, w) zeros without a net."""
         if self.positional is None:
             return self.W_q.new_zeros(1, 1, h, w)
-        p = self.clip.visual.positional_grid(h, w)                      # (1, E_v, h, w)
-        return self._once((h, w), self.positional, p)
+        if self.kept_M_p is not None and self.kept_M_p.shape[2:] == (h, w):
+            return self.kept_M_p
 
-    def _once(self, key, module, argument):
-        """module(argument); in eval mode computed once for each key, and without a gradient."""
-        if self.training:
-            return module(argument)
-        if key not in self._cache:
-            self._cache[key] = module(argument).detach()
-        return self._cache[key]
+        p = self.clip.visual.positional_grid(h, w)                      # (1, E_v, h, w)
+        M_p = self.positional(p)                                        # (1, C, h, w)
+        if not self.training:
+            M_p = M_p.detach()
+            self.kept_M_p = M_p
+        return M_p
 
     def rectify(self, Z):
         """Eq. (1)-(3) on features Z (B, D, h, w): all logits, by name."""
@@ -611,8 +535,8 @@ class ReCLIP(nn.Module):
         M_r = segmentation_logits(Z, W_r)                               # (B, C, h, w)
         M_p = self.positional_logits(*Z.shape[2:])                      # (1, C, h, w)
         M_b = bias_logits(M_r, M_p)                                     # (B, C, h, w)
-        M = rectify_logits(M_q, M_b, self.subtract)                     # (B, C, h, w)
-        return Logits(M_q, M_r, M_p, M, Z)
+        M = rectify_logits(M_q, M_b, self.options.subtract)             # (B, C, h, w)
+        return Output(M_q, M_r, M_p, M, Z)
 
     def forward(self, images, valid=None):
         return self.rectify(self.features(images, valid))
@@ -638,12 +562,7 @@ class ReCLIP(nn.Module):
         """Pseudo-labels of Sec. 3.4: (B, 3, R, R) in [0, 1] -> (B, C) bool."""
         return image_level_labels(self.image_similarity(thumbnails), threshold, top_k)
 
-    # -- what was learnt, alone --------------------------------------------------------------------
-
-    def learnable_modules(self):
-        """{name: module} of the parts that learn, all but CLIP: such as reference, positional."""
-        parts = self.named_children()
-        return {name: part for name, part in parts if f"{name}." not in FROZEN}
+    # -- files: what was learnt, without CLIP ------------------------------------------------------
 
     def learnt(self):
         """{key: tensor}: the prompts, the positional net, and W_q.
@@ -653,135 +572,81 @@ class ReCLIP(nn.Module):
         state = self.state_dict()
         return {key: value for key, value in state.items() if not key.startswith(FROZEN)}
 
-    def fingerprint(self):
-        """sha256 of what was learnt, as text.
+    def load_state_dict(self, state, strict=True, assign=False):
+        """As in every module; CLIP's weights may be left out, as `learnt` does."""
+        own = self.state_dict()
+        frozen = {key: value for key, value in own.items() if key.startswith(FROZEN)}
+        result = super().load_state_dict(frozen | dict(state), strict, assign)
+        self.train(self.training)  # what eval mode keeps was made of the old weights
+        return result
 
-        Of the tensors, not of the file: torch.save writes the file's name into it.
-        """
-        digest = hashlib.sha256()
-        for key, value in sorted(self.learnt().items()):
-            digest.update(key.encode() + value.cpu().numpy().tobytes())
-        return digest.hexdigest()
+    def save(self, path, **more):
+        """What was learnt, class names, options and CLIP's identity, in one file.
 
-    def save(self, path):
-        """What was learnt, class names, settings and CLIP's identity, in one file.
-
-        CLIP's own weights are not in it: 19 MB for VOC instead of 600. OSError if it cannot be
-        written; the old file then stays as it was.
+        CLIP's own weights are not in it: 19 MB for VOC instead of 600.
+        more: further entries of the file, such as train.py's for --resume.
+        Errors: OSError if it cannot be written; the old file then stays as it was.
         """
         content = {
-            "method": self.method,
+            "stage": self.stage,
             "learnt": self.learnt(),
             "class_names": list(self.class_names),
-            "settings": self.settings,
+            "options": dataclasses.asdict(self.options),
+            "prompts": list(self.prompts),
+            "attention": self.attention.__name__,
+            "reading": self.reading,
+            "protocol": self.protocol,
             "clip": {
                 "source": self.clip.source,
-                "sha256": self.clip.sha256,
+                "identity": self.clip.identity(),
                 "quick_gelu": self.clip.quick_gelu,
             },
-            "released": self.released,
         }
         with written_atomically(path) as temporary:
-            torch.save(content, temporary)
+            torch.save(content | more, temporary)
 
     @classmethod
-    def load(cls, path, clip=None, device=None):
+    def load(cls, path, clip=None, device=None, attention=maskclip):
         """A working segmenter from save's file, in eval mode. No code from the file is executed.
 
-        Of the sequel's file it makes a ReCLIPPlusPlus.
-
-        clip: None to load the CLIP that it was learnt on, from where it was found then; or that
-            same CLIP, already loaded.
+        clip: the CLIP that it was learnt on, from whatever file; None: find_clip looks for it.
         device: None for that of `clip`; without a clip, the CPU.
+        attention: the function of that name, if it was learnt with another than MaskCLIP's.
         Errors: FileNotFoundError; ValueError for a file that is none of save's, or of another CLIP.
         """
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            learnt = content["learnt"]
-            class_names = content["class_names"]
-            settings = dict(content["settings"])
-            W_q = learnt["W_q"]
-            source = content["clip"]["source"]
-            sha256 = content["clip"]["sha256"]
-            quick_gelu = content["clip"].get("quick_gelu", True)
-            released = content.get("released")
-            method = content.get("method", "reclip")
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no rectification at {path}: learn one first, with "
-                                    "python train.py --stage rectify") from None
-        except Exception as error:  # whatever a broken or hostile file provokes
-            reason = str(error).split("\n")[0][:200]
-            raise ValueError(f"{path} is not a rectification checkpoint, or is truncated: "
-                             f"{reason}") from error
+        content = read_checkpoint(path, cls.stage)
+        if attention.__name__ != content["attention"]:
+            raise ValueError(f"{path} was learnt with the attention {content['attention']}, not "
+                             f"{attention.__name__}: give load that function (extras/paper.py)")
 
-        # Files of earlier versions name a control that now stands in extras/paper.py.
-        if settings.pop("constant_bias", False):
-            raise ValueError(f"{path} holds the control with one number per class, which is no "
-                             "ReCLIP; extras/paper.py trains and measures it")
-
-        if device is None:
-            device = "cpu" if clip is None else clip.logit_scale.device
+        known = content["clip"]
         if clip is None:
-            clip = load_clip(source, device, quick_gelu)
-        if clip.sha256 != sha256:
-            raise ValueError(f"{path} was learnt on another CLIP than {clip.source} (their sha256 "
-                             f"differ); load the one it was learnt on, {source}")
+            source = find_clip(path, known["source"])
+            clip = load_clip(source, device or "cpu", known["quick_gelu"])
+        if clip.identity() != known["identity"]:
+            raise ValueError(f"{path} was learnt on another CLIP than {clip.source}: give the "
+                             f"weights (and activation) of {known['source']} with --clip")
 
-        try:
-            of_method = {"reclip": ReCLIP, "reclip++": ReCLIPPlusPlus}[method]
-            model = of_method(clip, class_names, W_q=W_q, **settings)
-            if released is not None:
-                model.released = released
-                model.make_dense_visual(**released)
-            state = model.state_dict()
-            frozen = {key: state[key] for key in state if key.startswith(FROZEN)}
-            model.load_state_dict(learnt | frozen, strict=True)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} does not fit this version: {reason}") from error
-        return model.to(device).eval()
-
-    @classmethod
-    def from_released(cls, path, class_names, recipe="cvpr2024", W_q=None, device="cpu"):
-        """A segmenter from a rectification that the paper's authors published, in eval mode.
-
-        No other weights are needed: the file holds the whole CLIP. (But OpenAI's vocabulary is.)
-        "The authors' published files", near the end of reclip.py, says what is in it and why it is
-        read as it is.
-
-        class_names: the data set's, in the authors' order (datasets.VOC_CLASSES and so on).
-        recipe: the files do not say which; that it is the paper's is inferred (see RECIPES).
-        W_q: (C, D), if it is known from an earlier time; else it is made of 85 C texts: seconds on
-            a GPU, minutes on a CPU.
-        Errors: FileNotFoundError; ValueError for a file that is none of theirs, or of other
-            classes.
-        """
-        state = read_released(path)
-        if "pe_proj.weight" in state:
-            raise ValueError(f"{path} is a ReCLIP++ checkpoint, which is another method: "
-                             "ReCLIPPlusPlus.from_released loads it")
-        require_classes(path, state, "proj_net.6.weight", class_names)
-        clip = load_clip(path, device)
-        W_q = check_or_make_W_q(W_q, clip, class_names)
-
-        with whole_file(path):
-            vectors = state["text_encoder.prompt_token"][0].float()             # (L, E_t)
-            model = cls(
-                clip,
-                class_names,
-                W_q=W_q,
-                prompt_length=len(vectors),
-                cut_names=True,
-                recipe=recipe,
-            )
-            model.reference.load_state_dict({"vectors": vectors})
-            model.positional.net.load_state_dict(fold_biases(state))
-            model.make_released_dense_visual(state)
-        return model.to(device).eval()
+        learnt = content["learnt"]
+        model = cls(
+            clip,
+            content["class_names"],
+            W_q=learnt["W_q"],
+            prompts=content["prompts"],
+            attention=attention,
+            reading=content["reading"],
+            protocol=content["protocol"],
+            **content["options"],
+        )
+        model.load_state_dict(learnt)
+        return model.to(device or clip.logit_scale.device).eval()
 
 
-def check_class_names(class_names):
-    """ValueError unless class_names is a list of two or more, no name empty, none there twice."""
+def check_texts(class_names, prompts):
+    """ValueError unless class_names and prompts are lists that can be meant.
+
+    A string would be taken apart into letters. Two names or more, no name empty, none there twice.
+    """
     names = []
     if not isinstance(class_names, str):
         for entry in class_names:
@@ -790,6 +655,47 @@ def check_class_names(class_names):
     if isinstance(class_names, str) or len(class_names) < 2 or repeated or "" in names:
         raise ValueError("class names must be a list of two or more, all different, none empty: "
                          f"{class_names}")
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of templates, such as ['a photo of a {}.']")
+
+
+def read_checkpoint(path, stage=None):
+    """What a save() of ours wrote, as a dict. stage: the kind that is wanted; None: any."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = content["stage"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no checkpoint at {path}: train one first, or say where "
+                                "it is") from None
+    except Exception as error:
+        raise ValueError(f"{path} is none of our checkpoints, or is damaged; extras/published.py "
+                         "converts the authors' own") from error
+    if stage not in (None, found):
+        raise ValueError(f"{path} is of the stage {found}, not {stage}")
+    return content
+
+
+def find_clip(checkpoint_path, source):
+    """Where is the CLIP that a checkpoint was learnt on? -> a name or a path, for load_clip
+
+    source: where it was then. The checkpoint may have come from another machine. So its own folder
+    is looked into first (clip.pt), then `source`, then for a file of that name.
+    """
+    folder = Path(checkpoint_path).parent
+    clip_home = Path(os.environ.get("CLIP_HOME", "~/.cache/clip")).expanduser()
+    places = [folder / "clip.pt"]
+    if source in MODELS:
+        places = [*places, source]
+    elif source:
+        name = Path(source).name
+        places = [*places, Path(source), folder / name, clip_home / name]
+
+    for place in places:
+        if place in MODELS or Path(place).is_file():
+            return place
+    raise FileNotFoundError(f"{checkpoint_path} was learnt on the CLIP of {source}, which is not "
+                            "there: give its weights with --clip, or put them beside the "
+                            "checkpoint as clip.pt")
 
 
 # --- From logits to masks -------------------------------------------------------------------------
@@ -880,34 +786,8 @@ def segment(
 # --- Sec. 3.5: the losses of distillation ---------------------------------------------------------
 
 # The student has .features, .rectify and .to_pixels, as ReCLIP has; deeplab.py holds the paper's.
-#
-# Eq. (6) and (7) speak of maps at the image's size. At 512 x 512 pixels the features alone are
-# 512 x 262,144 numbers per image, twice. So both losses are summed over groups (of images, of
-# channels): a group is enlarged, reduced to a number and forgotten. The sum is the same.
 
-def sum_over_groups(function, groups, *others):
-    """The sum of function(*group, *others) over all groups, with one of them in memory at a time.
-
-    For that, backward computes each group once more (torch.utils.checkpoint). A single group is
-    computed as usual.
-    """
-    if len(groups) == 1:
-        return function(*groups[0], *others)
-    total = 0
-    for group in groups:
-        total = total + checkpoint(
-            function, *group, *others, use_reentrant=False, preserve_rng_state=False
-        )
-    return total
-
-
-def summed_cross_entropy(student_logits, pseudo_labels, tau, to_pixels):
-    """Eq. (6) before the mean: (images, C, h, w), (images, H, W) -> scalar, summed over pixels."""
-    pixels = to_pixels(student_logits / tau, *pseudo_labels.shape[1:])  # (images, C, H, W)
-    return F.cross_entropy(pixels, pseudo_labels, ignore_index=IGNORE, reduction="sum")
-
-
-def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, max_numbers=2 ** 25):
+def mask_guided_loss(student_logits, teacher_masks, tau, to_pixels):
     """Eq. (6): L_mask = -1/(HW) sum_ij log P_ij(M~_ij), P = softmax of the student's M^D.
 
     The teacher's mask M~ is taken for the truth, errors included. Why the student can still become
@@ -915,36 +795,24 @@ def mask_guided_loss(student_logits, pseudo_labels, tau, to_pixels, max_numbers=
     that fall here in one image and there in another are not that.
 
     student_logits: M^D on the student's grid (B, C, h, w).
-    pseudo_labels: M~ (B, H, W) int64; IGNORE where an image was padded.
+    teacher_masks: M~ (B, H, W) int64; IGNORE where an image was padded.
     tau: the logits are cosines; as in Eq. (5) a temperature makes probabilities of them. (Eq. (6)
         prints none.)
     to_pixels: the student's.
-    max_numbers: of the enlarged logits in memory at once; images go through in groups of that
-        size.
     -> scalar, the mean over the pixels of all images, without the padding
     """
     C = student_logits.shape[1]
-    images_at_once = max(1, max_numbers // (C * pseudo_labels[0].numel()))
-    groups = list(zip(student_logits.split(images_at_once), pseudo_labels.split(images_at_once)))
-    total = sum_over_groups(summed_cross_entropy, groups, tau, to_pixels)
-    return total / (pseudo_labels != IGNORE).sum()
+    H, W = teacher_masks.shape[1:]
+
+    def of_some_images(logits, masks):
+        pixels = to_pixels(logits / tau, H, W)                          # (images, C, H, W)
+        return F.cross_entropy(pixels, masks, ignore_index=IGNORE, reduction="sum")
+
+    total = sum_in_groups(of_some_images, 0, C * H * W, student_logits, teacher_masks)
+    return total / (teacher_masks != IGNORE).sum()
 
 
-def summed_l1(Z, Z_student, valid, to_pixels, student_to_pixels):
-    """Eq. (7) before the mean: (B, channels, h, w), (B, channels, h', w') -> scalar, a sum.
-
-    An L1 norm is a sum over channels, so groups of channels may be added. Of a cosine, an L2
-    norm or anything else that couples channels this is not true: such a loss needs all D at once.
-    """
-    # channels last: the same numbers, but a CPU enlarges them more than twice as fast
-    Z = Z.contiguous(memory_format=torch.channels_last)
-    Z_student = Z_student.contiguous(memory_format=torch.channels_last)
-    H, W = valid.shape[1:]
-    difference = to_pixels(Z, H, W) - student_to_pixels(Z_student, H, W)    # (B, channels, H, W)
-    return (difference.abs() * valid[:, None]).sum()
-
-
-def feature_guided_loss(Z, Z_student, valid, to_pixels, student_to_pixels, max_numbers=2 ** 25):
+def feature_guided_loss(Z, Z_student, valid, to_pixels, student_to_pixels):
     """Eq. (7): L_feat = || Z - Z^ ||_1, both enlarged to the image's size (H, W).
 
     The student's head is made of CLIP's texts, which only mean something to features of CLIP's
@@ -953,15 +821,22 @@ def feature_guided_loss(Z, Z_student, valid, to_pixels, student_to_pixels, max_n
     Z: the teacher's features (B, D, h, w), enlarged by to_pixels.
     Z_student: Z^ (B, D, h', w'), enlarged by student_to_pixels.
     valid: (B, H, W) bool, the pixels of the images; False where they were padded.
-    max_numbers: of one enlarged map in memory at once; channels go through in groups of that
-        size, which is right for L1 alone (see summed_l1).
     -> scalar: the norm is summed over the D features of a pixel, the mean is over pixels (ours).
         The paper does not say; but a mean over D too would make this term D times weaker, next to
         nothing beside Eq. (6).
     """
-    channels_at_once = max(1, max_numbers // valid.numel())
-    groups = list(zip(Z.split(channels_at_once, 1), Z_student.split(channels_at_once, 1)))
-    total = sum_over_groups(summed_l1, groups, valid, to_pixels, student_to_pixels)
+    H, W = valid.shape[1:]
+
+    # An L1 norm is a sum over channels, so groups of channels may be added. Of a cosine, an L2
+    # norm or anything else that couples channels this is not true: such a loss needs all D at once.
+    def of_some_channels(Z, Z_student):
+        # channels last: the same numbers, but a CPU enlarges them more than twice as fast
+        Z = Z.contiguous(memory_format=torch.channels_last)
+        Z_student = Z_student.contiguous(memory_format=torch.channels_last)
+        difference = to_pixels(Z, H, W) - student_to_pixels(Z_student, H, W)  # (B, channels, H, W)
+        return (difference.abs() * valid[:, None]).sum()
+
+    total = sum_in_groups(of_some_channels, 1, valid.numel(), Z, Z_student)
     return total / valid.sum()
 
 
@@ -975,11 +850,9 @@ def text_guided_loss(student_logits, Z_student, W_q, labels, tau_1, tau, pool="g
     -> scalar
     (Released: the teacher's masks, and no gradient to the student.)
     """
-    # In bf16 S would be rounded to steps of .001, and S / tau to steps of .1.
-    with torch.autocast(Z_student.device.type, enabled=False):
-        masks = gumbel_softmax_masks(student_logits, tau_1)             # (B, C, h, w)
-        pooled = masked_features(Z_student, masks, pool)                # (B, C, D)
-        return contrastive_loss(pooled, W_q, labels, tau)
+    masks = gumbel_softmax_masks(student_logits, tau_1)                 # (B, C, h, w)
+    pooled = masked_features(Z_student, masks, pool)                    # (B, C, D)
+    return contrastive_loss(pooled, W_q, labels, tau)
 
 
 def distillation_loss(mask_loss, feature_loss, text_loss, alpha=0.5, beta=0.5):
@@ -987,143 +860,51 @@ def distillation_loss(mask_loss, feature_loss, text_loss, alpha=0.5, beta=0.5):
     return mask_loss + alpha * feature_loss + beta * text_loss
 
 
-# --- The authors' published files -----------------------------------------------------------------
+MOST_NUMBERS = 2 ** 25  # of an enlarged map in memory at once
 
-# github.com/dogehhh/ReCLIP links to the checkpoints behind the paper's numbers. One of stage 1
-# holds, under names that begin with "module.":
+
+def sum_in_groups(function, dim, numbers, *tensors):
+    """function(*tensors), a sum over dimension `dim`, with a part of that dimension at a time.
+
+    Eq. (6) and (7) speak of maps at the image's size. At 512 x 512 pixels the features alone are
+    512 x 262,144 numbers per image, twice. So a group (of images, of channels) is enlarged, reduced
+    to a number and forgotten; backward computes it once more. What fits at once is done plainly.
+
+    numbers: of the enlarged map, for each index of `dim`.
+    """
+    size = max(1, MOST_NUMBERS // numbers)
+    groups = list(zip(*[tensor.split(size, dim) for tensor in tensors]))
+    if len(groups) == 1:
+        return function(*tensors)
+
+    total = 0
+    for group in groups:
+        total = total + checkpoint(
+            function, *group, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
+
+
+# --- The authors' two recipes, and the prompts ----------------------------------------------------
+
+class Recipe(NamedTuple):
+    """How CLIP is run for the features of patches."""
+    exact_gelu: bool  # in its image tower; False: CLIP's own activation
+    mean: tuple       # of the images, red, green, blue in [0, 1]
+    std: tuple
+
+
+# The authors' code exists in two states. On every data set they differ in the two things below;
+# sizes and epochs, which depend on the data set, stand in its entry in datasets.py.
 #
-#     clip.*                          OpenAI's CLIP, under OpenAI's names: load_clip takes it
-#     vit.*, text_encoder.*           its two towers once more; of these only what differs is read:
-#     vit.cls_token                   the class token that reads patches, from a file of its own
-#     text_encoder.prompt_token       v_1 .. v_73 of Eq. (1)
-#     proj_net.{0,3,6}, {1,4,7}       the positional net: convolutions with bias, batch norms
-#
-# Under the recipe that a file was trained with, the logits are the authors' own if three habits of
-# their code are kept: that class token and eps 1e-6 in the layer norms of the image tower's blocks
-# (make_released_dense_visual), names cut to three tokens (cut_ending), and convolutions with biases
-# (fold_biases).
-
-def released_kind(path):
-    """Which of the authors' files is this? "ReCLIP", "ReCLIP++", "student", or None: another file.
-
-    Decided by its keys; whatever cannot be read is None, and whoever loads it says why.
-    """
-    try:
-        keys = read_tensors(path, "meta").keys()
-    except Exception:  # whatever a broken or hostile file provokes
-        return None
-    if "module.pe_proj.weight" in keys:
-        return "ReCLIP++"
-    if "module.text_encoder.prompt_token" in keys:
-        return "ReCLIP"
-    if "decode_head.decode_module.aspp_modules.0.conv.weight" in keys:
-        return "student"
-    return None
-
-
-def open_rectification(path, class_names, clip=None, recipe=None, W_q_path=None, device="cpu"):
-    """A rectification in eval mode: a file of ReCLIP.save, or one that the authors published.
-
-    class_names: needed for the authors' files, which do not name their classes.
-    clip: as ReCLIP.load takes it.
-    recipe: of an authors' file; None: cvpr2024, of ReCLIP++ 2025, since it has no other. A file of
-        ours has been learnt under one and keeps it.
-    W_q_path: a file in which the W_q of an authors' file is kept for the next time; None: it is not
-        kept.
-    Errors: FileNotFoundError, ValueError, as load and from_released raise them.
-    """
-    kind = released_kind(path)
-    if kind is None:
-        model = ReCLIP.load(path, clip, device)
-        if recipe not in (None, model.recipe):
-            raise ValueError(f"{path} was learnt under the recipe {model.recipe} and is read under "
-                             f"no other, such as {recipe}")
-        return model
-
-    if clip is not None:
-        raise ValueError(f"{path} is a checkpoint that the authors published; it holds its own "
-                         "CLIP, and no other can be given")
-    origin = {"file": sha256_of(path), "class_names": list(class_names)}
-    W_q = read_kept_W_q(W_q_path, origin, device)
-
-    if kind == "ReCLIP++":
-        if recipe not in (None, "2025"):
-            raise ValueError(f"{path} is a ReCLIP++ checkpoint, whose recipe is 2025, not {recipe}")
-        model = ReCLIPPlusPlus.from_released(path, class_names, W_q, device)
-    else:
-        model = ReCLIP.from_released(path, class_names, recipe or "cvpr2024", W_q, device)
-    if W_q is None and W_q_path is not None:
-        with written_atomically(W_q_path) as temporary:
-            torch.save({"origin": origin, "W_q": model.W_q.cpu()}, temporary)
-    return model
-
-
-def read_kept_W_q(path, origin, device):
-    """The W_q (C, D) that open_rectification kept in a file, or None: it must be made anew.
-
-    origin: what it must have been made from.
-    """
-    if path is None:
-        return None
-    try:
-        kept = torch.load(path, map_location=device, weights_only=True)
-        if kept["origin"] == origin:
-            return kept["W_q"]
-    except Exception:  # not there, or whatever a broken file provokes
-        pass
-    return None
-
-
-def read_tensors(path, device="cpu"):
-    """The tensors of a file {name: tensor}, whether or not they stand in a "state_dict" of it."""
-    content = torch.load(path, map_location=device, weights_only=True)
-    return content.get("state_dict", content)
-
-
-def read_released(path):
-    """A published checkpoint of stage 1 as {name without "module.": tensor}.
-
-    Errors: FileNotFoundError; ValueError for another file.
-    """
-    try:
-        state = {}
-        for key, value in read_tensors(path).items():
-            if not isinstance(value, torch.Tensor):
-                raise ValueError(f"{key} is no tensor")
-            state[key.removeprefix("module.")] = value
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no published rectification at {path}: the README says "
-                                "where the authors keep theirs") from None
-    except Exception as error:  # whatever a broken or hostile file provokes
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(f"{path} is not a checkpoint, or is truncated: {reason}") from error
-
-    if "text_encoder.prompt_token" not in state:
-        raise ValueError(f"{path} is not a rectification of ReCLIP's authors: it has no prompt "
-                         "(text_encoder.prompt_token)")
-    return state
-
-
-def require_classes(path, state, key, class_names):
-    """ValueError unless the tensor `key`, with a row per class, is there and has as many rows."""
-    if key not in state:
-        raise ValueError(f"{path} is not a whole rectification of ReCLIP's authors: it has no "
-                         f"{key}")
-    classes = state[key].shape[0] if state[key].ndim else 0
-    if classes != len(class_names):
-        raise ValueError(f"{path} was learnt for {classes} classes, and {len(class_names)} are "
-                         "named: give the names of its data set, in the authors' order")
-
-
-@contextmanager
-def whole_file(path):
-    """Within, what is missing in a published file or does not fit ends in one sentence."""
-    try:
-        yield
-    except (KeyError, IndexError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not a whole rectification of ReCLIP's authors: "
-                         f"{reason}") from error
+# cvpr2024 was published together with the paper's checkpoints, so we infer that it made the paper's
+# numbers. For patches it runs CLIP's image tower with another activation and normalization than
+# CLIP was trained with. 2025 runs it as it was trained, and so do we on shapes and on images of
+# your own. In both, texts and whole images (the pseudo-labels) are encoded as CLIP was trained.
+RECIPES = {
+    "cvpr2024": Recipe(True, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
+    "2025": Recipe(False, MEAN, STD),                                        # CLIP's
+}
 
 
 def cut_ending(ending):
@@ -1138,180 +919,134 @@ def cut_ending(ending):
     return kept[:read + 1]
 
 
-def fold_biases(state):
-    """The positional net of a published file, for PositionalBias.net, which has no biases.
-
-    A batch norm subtracts its running mean. Whether b is added before that or the mean is lower by
-    b comes to the same.
-    """
-    net = {}
-    for conv, norm in ((0, 1), (3, 4), (6, 7)):
-        net[f"{conv}.weight"] = state[f"proj_net.{conv}.weight"]
-        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-            net[f"{norm}.{name}"] = state[f"proj_net.{norm}.{name}"]
-        bias = state[f"proj_net.{conv}.bias"]
-        mean = state[f"proj_net.{norm}.running_mean"]
-        if bias.shape != mean.shape:
-            raise ValueError(f"proj_net.{conv}.bias does not fit proj_net.{norm}.running_mean")
-        net[f"{norm}.running_mean"] = mean - bias
-    return net
-
-
-def check_or_make_W_q(W_q, clip, class_names):
-    """W_q (C, D), checked; or made, with a line on stderr that counts the classes.
-
-    85 texts a class take seconds on a GPU and minutes on a CPU.
-    """
-    D = clip.text_projection.shape[1]
-    if W_q is not None:
-        if W_q.shape != (len(class_names), D):
-            raise ValueError(f"W_q is {tuple(W_q.shape)}; it must have one row of {D} numbers for "
-                             f"each of the {len(class_names)} classes")
-        return W_q.to(clip.logit_scale.device)
-
-    rows = []
-    for done, name in enumerate(class_names, start=1):
-        rows.append(query_text_features(clip, [name]))                  # (1, D)
-        print(f"\rtexts of {done} of {len(class_names)} classes", end="", file=sys.stderr)
-    print(file=sys.stderr)
-    return torch.cat(rows)
-
-
-# --- The sequel: ReCLIP++, which is not this paper ------------------------------------------------
-
-class ReCLIPPlusPlus(ReCLIP):
-    """ReCLIP++ (the same authors, arXiv 2408.06747): the frame of ReCLIP with two changes.
-
-        ReCLIP                                      ReCLIP++
-        M_b = Z . W_r + M_p                         M_b = P . W_r,  P a linear map of p
-        M   = M_q - M_b                             M   = M_q - M_b
-        Eq. (4) makes masks of M                    Eq. (4) makes masks of M' = decoder([Z ; M])
-
-    The bias. In the paper's ReCLIP the place has one map for all classes, which cancels; in the
-    released code it has a free map for each class, and the Reference knows no place. Here position
-    and Reference meet in one product: each place has a vector P in the space of texts, and leans to
-    the classes whose Reference it resembles. So the maps of all classes come from one P and are
-    tied to the texts. M_b no longer depends on the image; what a patch shows comes in through M_q
-    and the decoder.
-
-    The masks. M is one number per patch and class, and each patch speaks for itself. The decoder, a
-    5x5 convolution, also sees the features Z and the neighbors: it learns, by the same loss, to
-    give a patch the class that its surroundings speak for.
-
-    As in ReCLIP, CLIP is frozen and Eq. (4)-(5) are the loss; Logits.rectified is M', from which
-    masks, loss and mIoU are read; .reference is M_b, and .positional is 0.
-
-    tau_1: of Eq. (4): M' comes out of a batch norm and is far larger than a cosine (released).
-    options: as ReCLIP's, but for those of the positional net, which is not there.
-    """
-    method = "reclip++"
-
-    def __init__(self, clip, class_names, *, tau_1=0.01, positional_channels=0, **options):
-        super().__init__(
-            clip, class_names, tau_1=tau_1, positional_channels=positional_channels, **options
-        )
-        if positional_channels != 0 or self.reference is None:
-            raise ValueError("ReCLIP++ has no positional net (positional_channels 0) and cannot do "
-                             "without a Reference (prompt_length above 0)")
-        C, D = self.W_q.shape
-        width = clip.visual.class_embedding.numel()                     # E_v
-
-        self.position_projection = nn.Conv2d(width, D, 1)
-        conv = nn.Conv2d(D + C, C, 5, padding=2)
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # released
-        self.decoder = nn.Sequential(conv, nn.BatchNorm2d(C))
-        self.scale = 10                                                 # as released
-        self.to(clip.logit_scale.device)
-
-    def rectify(self, Z):
-        """Features Z (B, D, h, w) -> Logits, with M' (B, C, h, w) as the rectified ones."""
-        W_q, W_r = self.heads()                                         # (C, D) each
-        M_q = segmentation_logits(Z, W_q)                               # (B, C, h, w)
-
-        # One vector for each place, the same for all images: how CLIP leans there.
-        h, w = Z.shape[2:]
-        p = self.clip.visual.positional_grid(h, w)                      # (1, E_v, h, w)
-        P = self._once(("P", h, w), self.position_projection, p)        # (1, D, h, w)
-        M_b = segmentation_logits(P, W_r).expand_as(M_q)                # (B, C, h, w)
-        M = rectify_logits(M_q, M_b, self.subtract)                     # (B, C, h, w)
-
-        decoded = self.decoder(torch.cat([Z, M], dim=1))                # M' (B, C, h, w)
-        return Logits(M_q, M_b, Z.new_zeros(1, 1, h, w), decoded, Z)
-
-    @classmethod
-    def from_released(cls, path, class_names, W_q=None, device="cpu"):
-        """A segmenter from a ReCLIP++ checkpoint that the authors published, in eval mode.
-
-        Arguments and errors are ReCLIP.from_released's; the recipe is 2025's.
-        """
-        state = read_released(path)
-        if "pe_proj.weight" not in state:
-            raise ValueError(f"{path} is not a ReCLIP++ checkpoint (it has no pe_proj.weight)")
-        require_classes(path, state, "decoder_conv2.weight", class_names)
-        clip = load_clip(path, device)
-        W_q = check_or_make_W_q(W_q, clip, class_names)
-
-        with whole_file(path):
-            vectors = state["text_encoder.prompt_token"][0].float()     # (L, E_t)
-            model = cls(clip, class_names, W_q=W_q, prompt_length=len(vectors), cut_names=True)
-            model.reference.load_state_dict({"vectors": vectors})
-            renamed = {
-                "pe_proj": model.position_projection,
-                "decoder_conv2": model.decoder[0],
-                "decoder_norm2": model.decoder[1],
-            }
-            for prefix, module in renamed.items():
-                module.load_state_dict({
-                    key.removeprefix(f"{prefix}."): value
-                    for key, value in state.items()
-                    if key.startswith(f"{prefix}.")
-                })
-            model.make_released_dense_visual(state)
-        return model.to(device).eval()
-
-
-def window_labels(similarity):
-    """ReCLIP++'s image-level labels: similarity of n windows to texts (n, C) -> (C,) bool.
-
-    Each window names the class that it resembles most, and the image holds all that are named: so a
-    small thing is found that would be lost in the whole image, and no threshold has to be chosen.
-    The price: a window of mere background names a class too.
-    """
-    found = torch.zeros(similarity.shape[1], dtype=torch.bool, device=similarity.device)
-    found[similarity.argmax(1)] = True
-    return found
+# The prompts of the Query: the 80 templates of CLIP's ImageNet ensemble and 5 "in the scene" ones
+# (MaskCLIP's list, which the authors use too).
+PROMPTS = (
+    "a bad photo of a {}.",
+    "a black and white photo of a {}.",
+    "a blurry photo of a {}.",
+    "a bright photo of a {}.",
+    "a close-up photo of a {}.",
+    "a cropped photo of a {}.",
+    "a dark photo of a {}.",
+    "a good photo of a {}.",
+    "a jpeg corrupted photo of a {}.",
+    "a low resolution photo of a {}.",
+    "a pixelated photo of a {}.",
+    "a doodle of a {}.",
+    "a drawing of a {}.",
+    "a painting of a {}.",
+    "a photo of a {}.",
+    "a rendering of a {}.",
+    "a rendition of a {}.",
+    "a sculpture of a {}.",
+    "a sketch of a {}.",
+    "a tattoo of a {}.",
+    "a photo of a clean {}.",
+    "a photo of a cool {}.",
+    "a photo of a dirty {}.",
+    "a photo of a hard to see {}.",
+    "a photo of a large {}.",
+    "a photo of a nice {}.",
+    "a photo of a small {}.",
+    "a photo of a weird {}.",
+    "a cartoon {}.",
+    "a embroidered {}.",
+    "a origami {}.",
+    "a plastic {}.",
+    "a plushie {}.",
+    "a toy {}.",
+    "art of a {}.",
+    "graffiti of a {}.",
+    "itap of a {}.",
+    "a {} in a video game.",
+    "there is a {} in the scene.",
+    "this is a {} in the scene.",
+    "a bad photo of the {}.",
+    "a black and white photo of the {}.",
+    "a blurry photo of the {}.",
+    "a bright photo of the {}.",
+    "a close-up photo of the {}.",
+    "a cropped photo of the {}.",
+    "a dark photo of the {}.",
+    "a good photo of the {}.",
+    "a jpeg corrupted photo of the {}.",
+    "a low resolution photo of the {}.",
+    "a pixelated photo of the {}.",
+    "a doodle of the {}.",
+    "a drawing of the {}.",
+    "a painting of the {}.",
+    "a photo of the {}.",
+    "a rendering of the {}.",
+    "a rendition of the {}.",
+    "a sculpture of the {}.",
+    "a sketch of the {}.",
+    "a tattoo of the {}.",
+    "a photo of the clean {}.",
+    "a photo of the cool {}.",
+    "a photo of the dirty {}.",
+    "a photo of the hard to see {}.",
+    "a photo of the large {}.",
+    "a photo of the nice {}.",
+    "a photo of the small {}.",
+    "a photo of the weird {}.",
+    "the cartoon {}.",
+    "the embroidered {}.",
+    "the origami {}.",
+    "the plastic {}.",
+    "the plushie {}.",
+    "the toy {}.",
+    "art of the {}.",
+    "graffiti of the {}.",
+    "itap of the {}.",
+    "the {} in a video game.",
+    "there is the {} in the scene.",
+    "this is the {} in the scene.",
+    "a photo of many {}.",
+    "a photo of my {}.",
+    "a photo of one {}.",
+    "itap of my {}.",
+    "this is one {} in the scene.",
+)
 
 
 # --- A guided tour --------------------------------------------------------------------------------
 
+def show(name, tensor, note):
+    """One line of the tour: name, shape, range, what it is."""
+    shape = str(tuple(tensor.shape))
+    print(f"{name:<22}{shape:<18}{tensor.min().item():8.3f} .. {tensor.max().item():<8.3f}{note}")
+
+
 def tour():
     """A crop of one image of shapes through Eq. (1)-(5), before anything is learnt."""
-    from datasets import DATA, SETTINGS, open_split  # for the tour alone; the module needs neither
+    from datasets import DATA, open_split  # for the tour alone; the module does not need it
     torch.manual_seed(0)
-    facts = DATA["shapes"]
-    settings = SETTINGS["shapes"]
+    shapes = DATA["shapes"]
+    numbers = shapes.hyper_parameters()
     split = open_split("shapes", None, "train")
     model = ReCLIP(
-        load_clip(facts.clip),
-        facts.classes,
-        prompts=facts.prompts,
-        positional_gain=settings.positional_gain,
-        tau_1=settings.tau_1,
-        tau=settings.tau,
+        load_clip(shapes.clip),
+        shapes.classes,
+        prompts=shapes.prompts,
+        recipe="2025",
+        positional_gain=numbers["positional_gain"],
+        tau_1=numbers["tau_1"],
+        tau=numbers["tau"],
     ).train()
 
     # 64 x 48 pixels: h = 8 and w = 6 differ, so that the axes can be told apart (h = C by chance).
     whole = split.image(0)[None].float() / 255
     image = whole[..., 8:56]
-    in_truth = [facts.classes[c] for c in split.truth(0).unique() if c != IGNORE]
+    in_truth = [shapes.classes[c] for c in split.truth(0).unique() if c != IGNORE]
     print(f"The image holds {', '.join(in_truth)}.")
 
     logits = model(image)
     M_b = bias_logits(logits.reference, logits.positional)
-    masks = gumbel_softmax_masks(logits.rectified, model.tau_1)
+    masks = gumbel_softmax_masks(logits.rectified, numbers["tau_1"])
     similarity = model.image_similarity(whole)
-    labels = image_level_labels(similarity, settings.threshold, settings.top_k)
-    guessed = [name for name, found in zip(facts.classes, labels[0]) if found]
+    labels = image_level_labels(similarity, numbers["threshold"], numbers["top_k"])
+    guessed = [name for name, found in zip(shapes.classes, labels[0]) if found]
     pooled = masked_features(logits.features, masks)
     S = torch.einsum("bcd,jd->bcj", pooled, model.W_q)
     loss = contrastive_loss(pooled, model.W_q, labels, model.tau)
