@@ -49,8 +49,8 @@ What stands here
     STUDENTS                       what there is to choose: resnet101, resnet50, resnet50_v1c, tiny
     DeepLabV2                      all of it as one module, with save and load; it needs no CLIP
       .features                    images -> Z^
-      .rectify                     Z^ -> M^D and its parts, by heads inherited from rectification
-      .from_released               a student that the authors published (torchvision_names)
+      .rectify                     Z^ -> M^D, by heads inherited from rectification
+    resnet50_v1c                   the backbone of the authors' published students
 
 Symbols
     B images, C classes, D width of CLIP's joint space; H x W pixels, h x w cells of the grid
@@ -75,14 +75,10 @@ To train one (train.train_distillation has the loop), reclip.py gives the texts 
     W_q, W_r = ReCLIP.load("rectify.pt").heads()                         # (C, D) each
     student = DeepLabV2(["cat", "dog"], W_q, W_r, backbone_weights="imagenet")
 
-`python deeplab.py` shows every tensor on the way once.
-
 Sources: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous
 Convolution, and Fully Connected CRFs" (2018), which is DeepLab V2; torchvision's ResNets.
 """
 
-import errno
-import hashlib
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -138,29 +134,6 @@ def resnet50():
     return dilated_resnet("resnet50")
 
 
-def resnet50_v1c():
-    """The released code's: a ResNet-50 that begins with three small convolutions for one large.
-
-    For the authors' published students (DeepLabV2.from_released): torchvision has no weights of it.
-    """
-    net = dilated_resnet("resnet50")
-    stem = nn.Sequential(
-        nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1, bias=False),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-    )
-    parts = OrderedDict(stem=stem)
-    for name in ("maxpool", "layer1", "layer2", "layer3", "layer4"):
-        parts[name] = net.get_submodule(name)
-    return nn.Sequential(parts)
-
-
 def residual_block(channels_in, channels_out, stride):
     """Two 3x3 convolutions and a shortcut: ResNet's block, which torchvision builds.
 
@@ -194,41 +167,33 @@ def tiny_resnet():
     )
 
 
-def one_line(error):
-    """An error's message without line breaks and not endless, to be quoted in a sentence."""
-    return " ".join(str(error).split())[:200]
+def read_file(path):
+    """What torch.save wrote at path. Errors: FileNotFoundError, or ValueError for another file."""
+    try:
+        # weights_only: tensors and plain values. Any other pickle may run programs.
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except Exception as error:  # torch and pickle have no one kind of error for it
+        raise ValueError(f"{path} is damaged, or no file of tensors") from error
 
 
 def load_backbone(backbone, student, source):
     """Fills the backbone with trained weights, in place.
 
-    student: its name in STUDENTS.
+    student: its name in STUDENTS, which for "imagenet" must be torchvision's name of the network.
     source: "imagenet", which torchvision downloads once and checks the hash of; or the path of a
-        state dict in torchvision's names, with or without the classifier "fc".
-    Raises FileNotFoundError, or ValueError for weights that cannot be had or do not fit.
+        state dict in torchvision's names. What the backbone has not, such as the classifier, is
+        left out; nothing of the backbone may be missing.
     """
-    if source == "imagenet" and student in ("tiny", "resnet50_v1c"):
-        raise ValueError(f"there are no ImageNet weights for the student {student}; give a file or "
-                         "None")
-    try:
-        if source == "imagenet":
-            weights = torchvision.models.get_model_weights(student).IMAGENET1K_V1
-            state = weights.get_state_dict(progress=True, check_hash=True)
-        else:
-            # weights_only: tensors and plain values. Any other pickle may run programs.
-            state = torch.load(source, map_location="cpu", weights_only=True)
+    if source == "imagenet":
+        weights = torchvision.models.get_model_weights(student).IMAGENET1K_V1
+        state = weights.get_state_dict(progress=True, check_hash=True)
+    else:
+        state = read_file(source)
 
-        without_classifier = {}
-        for key, value in state.items():
-            if not key.startswith("fc."):
-                without_classifier[key] = value
-        backbone.load_state_dict(without_classifier)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there are no backbone weights at {source}: give a file, "
-                                "'imagenet' or None as backbone_weights") from None
-    except Exception as error:  # no network, or whatever a broken or hostile file provokes
-        raise ValueError(f"cannot fill {student} from {source} (no network, truncated, unsafe, or "
-                         f"made for another network): {one_line(error)}") from error
+    wanted = backbone.state_dict().keys()
+    backbone.load_state_dict({key: state[key] for key in wanted & state.keys()})
 
 
 # --- ASPP -----------------------------------------------------------------------------------------
@@ -281,41 +246,36 @@ class Student(NamedTuple):
 STUDENTS = {
     "resnet101": Student(resnet101, 2048, 8, (6, 12, 18, 24), batch_norm=False),
     "resnet50": Student(resnet50, 2048, 8, (6, 12, 18, 24), batch_norm=False),
-    "resnet50_v1c": Student(resnet50_v1c, 2048, 8, (6, 12, 18, 24), batch_norm=True),
     "tiny": Student(tiny_resnet, 96, 4, (1, 2, 3, 4), batch_norm=False),
 }
 
 
 # --- The student ----------------------------------------------------------------------------------
 
-class Logits(NamedTuple):
+class Output(NamedTuple):
     """What DeepLabV2 returns."""
-    query: torch.Tensor       # Z^ . W_q  (B, C, h, w), cosines
-    reference: torch.Tensor   # Z^ . W_r  (B, C, h, w)
-    positional: torch.Tensor  # M_p       (1, C, h, w); (1, 1, h, w) zeros in other heads
-    rectified: torch.Tensor   # M^D       (B, C, h, w), the answer of the chosen head; only the
-                              #           heads with W_r subtract anything
-    features: torch.Tensor    # Z^        (B, D, h, w), each cell of length 1
+    rectified: torch.Tensor  # M^D  (B, C, h, w), the answer of the chosen head
+    features: torch.Tensor   # Z^   (B, D, h, w), each cell of length 1
 
 
 class DeepLabV2(nn.Module):
-    """The student of Sec. 3.5: images (B, 3, H, W), floats in [0, 1] -> Logits.
+    """The student of Sec. 3.5: images (B, 3, H, W), floats in [0, 1] -> Output.
 
     class_names: C strings.
     W_q, W_r: (C, D), the heads; copied and fixed. "Symbols" above says how long their rows are.
     M_p: (1, C, h0, w0) or (1, 1, h0, w0), the teacher's positional logits on a grid of any one
         size, for the head "query_reference_positional" alone.
-    student: a name in STUDENTS. resnet101: ours; resnet50: the released depth; resnet50_v1c: that
-        of the published files; tiny: for shapes.
-    recipe: that of the teacher (a key of reclip.RECIPES), kept in the checkpoint: eval.py takes the
-        sides of this recipe, whatever sides were asked for in training. The student itself does not
-        depend on it.
+    student: a name in STUDENTS. resnet101: ours; resnet50: the released depth; tiny: for shapes.
     head: one of HEADS.
     backbone_weights: "imagenet", a file (load_backbone says which), or None for random weights.
     freeze_batch_norm: True keeps the backbone's batch norms as they came: statistics, scale and
         shift. False trains them, which a start from random weights needs.
         None (ours): True with backbone_weights, else False.
+    protocol: how images are shown to it, {"long_side", "short_side", "antialias", "denoise"}, kept
+        in the checkpoint for eval.py. The student itself does not depend on it.
     """
+
+    stage = "distill"
 
     def __init__(
         self,
@@ -328,32 +288,27 @@ class DeepLabV2(nn.Module):
         head="query_reference",
         backbone_weights=None,
         freeze_batch_norm=None,
-        recipe="2025",
+        protocol=None,
     ):
         super().__init__()
-        if student not in STUDENTS:
-            raise ValueError(f"student is {student!r}; it must be one of {', '.join(STUDENTS)}")
         if head not in HEADS:
             raise ValueError(f"head is {head!r}; it must be one of {', '.join(HEADS)}")
         if W_q.ndim != 2 or W_q.shape != W_r.shape or len(class_names) != len(W_q):
             raise ValueError(f"W_q {tuple(W_q.shape)} and W_r {tuple(W_r.shape)} must both have "
                              f"one row for each of the {len(class_names)} classes")
-        if head == "query_reference_positional" and M_p is None:
-            raise ValueError(f"the head {head!r} needs positional logits M_p")
-        if head != "query_reference_positional" and M_p is not None:
-            raise ValueError(f"the head {head!r} takes no positional logits M_p")
+        if (head == "query_reference_positional") != (M_p is not None):
+            raise ValueError("M_p goes with the head query_reference_positional, and with no other")
         if freeze_batch_norm is None:
             freeze_batch_norm = backbone_weights is not None
 
         self.class_names = tuple(class_names)
         self.head = head
         self.freeze_batch_norm = freeze_batch_norm
-        self.recipe = recipe
+        self.protocol = protocol
         self.settings = {
             "student": student,
             "head": head,
             "freeze_batch_norm": freeze_batch_norm,
-            "recipe": recipe,
         }
         C, D = W_q.shape
 
@@ -410,7 +365,7 @@ class DeepLabV2(nn.Module):
 
         valid: (B, H, W) bool, False where an image was padded; None: nowhere. Padding becomes 0,
         ImageNet's mean color.
-        The result has the precision of the images. Raises ValueError for integer images.
+        The result has the precision of the images. Errors: ValueError for integer images.
         """
         if not images.is_floating_point():
             # Cast to integers, MEAN and STD are 0, and a division by 0 gives nan without a word.
@@ -430,32 +385,30 @@ class DeepLabV2(nn.Module):
         return F.normalize(x.to(images.dtype), dim=1)
 
     def rectify(self, Z):
-        """The head of Sec. 3.5 (Fig. 2b): Z^ (B, D, h, w) -> Logits. In the default head
+        """The head of Sec. 3.5 (Fig. 2b): Z^ (B, D, h, w) -> Output. In the default head
 
             M^D = Z^ . W_q - Z^ . W_r
 
         which is Eq. (2)-(3) once more, without M_p. Z^ is taught to be CLIP's Z, so it inherits
         CLIP's preference for some classes, and the same W_r takes it out again.
         """
-        # Never in bf16, whatever autocast says. Its numbers have 8 significant bits: around a
-        # cosine of 0.2 they lie 0.001 apart, and two classes often differ by no more.
-        with torch.autocast(Z.device.type, enabled=False):
-            query = torch.einsum("bdhw,cd->bchw", Z, self.W_q)      # (B, C, h, w)
-            reference = torch.einsum("bdhw,cd->bchw", Z, self.W_r)  # (B, C, h, w)
+        # Never in bf16: train.py runs .features alone under autocast. Numbers of bf16 have 8
+        # significant bits: around a cosine of 0.2 they lie 0.001 apart, and two classes often
+        # differ by no more.
+        if self.head == "original":
+            return Output(self.classifier(Z), Z)
 
+        query = torch.einsum("bdhw,cd->bchw", Z, self.W_q)              # (B, C, h, w), cosines
+        if self.head == "query":
+            return Output(query, Z)
+
+        bias = torch.einsum("bdhw,cd->bchw", Z, self.W_r)               # (B, C, h, w)
+        if self.head == "query_reference_positional":
             # M_p depends on the place alone: one map serves every image, stretched onto its grid.
-            M_p = Z.new_zeros(1, 1, 1, 1) if self.M_p is None else self.M_p
-            positional = F.interpolate(
-                M_p, size=Z.shape[2:], mode="bilinear", align_corners=False
-            )                                                       # (1, C, h, w)
-
-            if self.head == "original":
-                rectified = self.classifier(Z)
-            elif self.head == "query":
-                rectified = query
-            else:
-                rectified = query - (reference + positional)
-        return Logits(query, reference, positional, rectified, Z)
+            bias = bias + F.interpolate(
+                self.M_p, size=Z.shape[2:], mode="bilinear", align_corners=False
+            )                                                           # (B, C, h, w)
+        return Output(query - bias, Z)
 
     def forward(self, images, valid=None):
         return self.rectify(self.features(images, valid))
@@ -469,185 +422,95 @@ class DeepLabV2(nn.Module):
         # function teaches the convolutions to make up for it.)
         h, w = grid.shape[-2:]
         size = (h * self.output_stride, w * self.output_stride)
+        if size[0] < height or size[1] < width:
+            raise ValueError(f"a grid of {h} x {w} cells of {self.output_stride} pixels does not "
+                             f"cover an image of {height} x {width}: the backbone must round the "
+                             "number of cells up, as convolutions with padding do")
         pixels = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)
         return pixels[..., :height, :width]
 
     # -- files -------------------------------------------------------------------------------------
 
-    def fingerprint(self):
-        """sha256 of all weights, as text.
+    def learnt(self):
+        """What the checkpoint keeps: backbone, ASPP, heads. -> {name: tensor}"""
+        return self.state_dict()
 
-        Of the tensors, not of the file: torch.save writes the file's name into it.
-        """
-        digest = hashlib.sha256()
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(key.encode() + value.cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-    def save(self, path):
+    def save(self, path, **more):
         """Writes weights, heads, class names and settings into one file; makes a missing folder.
 
         Whatever happens meanwhile, the file holds its old content or the whole new one.
-        Raises OSError where it cannot be written.
+        more: what else it is to hold; train.py puts there what a stopped run goes on from.
+        Errors: OSError where it cannot be written.
         """
         content = {
-            "student": self.state_dict(),
+            "stage": self.stage,
+            "learnt": self.learnt(),
             "class_names": list(self.class_names),
             "settings": self.settings,
+            "protocol": self.protocol,
+            **more,
         }
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())  # the data must be on the disk before the new name is
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
-            # torch.save turns a write that failed into a RuntimeError
-            disk_errors = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-            of_the_disk = isinstance(error, RuntimeError) or error.errno in disk_errors
-            question = "; is the disk full?" if of_the_disk else ""
-            raise OSError(f"{path} could not be written ({one_line(error)}); what was there before "
-                          f"is untouched{question}") from error
+        except RuntimeError as error:    # what torch.save makes of a full disk
+            raise OSError(f"{path} could not be written; is the disk full? What was there before "
+                          "is untouched") from error
         finally:
-            if temporary.exists():
-                temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path, device="cpu"):
         """A student from save's file, in eval mode, ready to segment.
 
-        Raises FileNotFoundError, or ValueError for a file that is damaged, unsafe or no student.
+        Errors: FileNotFoundError, or ValueError for a file that is damaged or no student's.
         """
-        try:
-            # weights_only: tensors and plain values. Any other pickle may run programs.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            state = content["student"]
-            settings = content["settings"]
-            model = cls(
-                content["class_names"],
-                state["W_q"],
-                state["W_r"],
-                M_p=state.get("M_p"),
-                student=settings["student"],
-                head=settings["head"],
-                freeze_batch_norm=settings["freeze_batch_norm"],
-                recipe=settings.get("recipe", "2025"),
-            )
-            model.load_state_dict(state, strict=True)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no student at {path}: give a file that "
-                                    "DeepLabV2.save or python train.py wrote") from None
-        except Exception as error:  # whatever a broken or hostile file provokes
-            raise ValueError(f"{path} is not a student's checkpoint, or is truncated: "
-                             f"{one_line(error)}") from error
-        return model.to(device).eval()
+        content = read_file(path)
+        if not isinstance(content, dict) or content.get("stage") != cls.stage:
+            raise ValueError(f"{path} is not a student's checkpoint")
 
-    @classmethod
-    def from_released(cls, path, class_names, W_q, W_r, device="cpu"):
-        """A student that the paper's authors published, in eval mode.
-
-        class_names: the data set's, in the authors' order.
-        W_q, W_r: (C, D), from the rectification that they published beside it, as
-            ReCLIP.from_released(...).heads() returns them: they are not in the student's file.
-        Errors: FileNotFoundError, or ValueError for a file that is no such student.
-        """
-        try:
-            # weights_only: tensors and plain values. Any other pickle may run programs.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            state = content.get("state_dict", content)
-            renamed = torchvision_names(state)
-            # A layer that the authors' head never uses; its rows count the classes.
-            class_counts = [len(state[key]) for key in state if key.endswith("conv_seg.weight")]
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no published student at {path}: the README says "
-                                    "where the authors keep theirs") from None
-        except Exception as error:  # whatever a broken or hostile file provokes
-            raise ValueError(f"{path} is not a student's checkpoint, or is truncated: "
-                             f"{one_line(error)}") from error
-
-        for classes in class_counts:
-            if classes != len(class_names):
-                raise ValueError(f"{path} was learnt for {classes} classes, and {len(class_names)} "
-                                 "are named: give the names of its data set")
-
-        model = cls(class_names, W_q, W_r, student="resnet50_v1c", recipe="cvpr2024")
-        heads = {"W_q": model.W_q, "W_r": model.W_r}
-        try:
-            model.load_state_dict(renamed | heads, strict=True)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a whole student of ReCLIP's authors, or its features "
-                             f"are not as wide as W_q: {one_line(error)}") from error
+        state = content["learnt"]
+        model = cls(
+            content["class_names"],
+            state["W_q"],
+            state["W_r"],
+            M_p=state.get("M_p"),
+            protocol=content["protocol"],
+            **content["settings"],
+        )
+        model.load_state_dict(state)
         return model.to(device).eval()
 
 
-# --- The authors' published files -----------------------------------------------------------------
+# --- The backbone of published students -----------------------------------------------------------
 
-# github.com/dogehhh/ReCLIP links to the students behind the paper's numbers. Such a file holds
-#
-#     backbone.stem.*                      three convolutions and batch norms
-#     backbone.res_layers.L.B.*            torchvision's layer{L + 1}.B.*, with norm1 for bn1
-#     decode_head.decode_module.aspp_modules.A.{conv, norm}    the branches of the ASPP
-#     decode_head: the rest                an unused layer, and parts of the teacher
+def resnet50_v1c():
+    """A ResNet-50 that begins with three small convolutions for one large; outputs as above.
 
-def torchvision_names(state):
-    """The backbone and ASPP of a published student, under the names of DeepLabV2's state dict."""
-    renamed = {}
-    for key, value in state.items():
-        if key.startswith("backbone.stem."):
-            renamed[key] = value
-        elif key.startswith("backbone.res_layers."):
-            _, _, layer, rest = key.split(".", 3)
-            rest = rest.replace("norm", "bn")
-            renamed[f"backbone.layer{int(layer) + 1}.{rest}"] = value
-        elif key.startswith("decode_head.decode_module.aspp_modules."):
-            _, _, _, branch, part, rest = key.split(".", 5)
-            place = {"conv": 0, "norm": 1}[part]
-            renamed[f"aspp.branches.{branch}.{place}.{rest}"] = value
-    return renamed
-
-
-# --- A guided tour --------------------------------------------------------------------------------
-
-def show(name, tensor, note):
-    """One line of the tour: name, shape, lowest and highest value, what it is."""
-    low = tensor.min().item()
-    high = tensor.max().item()
-    print(f"{name:<11}{str(tuple(tensor.shape)):<16}{low:6.2f} to {high:5.2f}  {note}")
-
-
-@torch.no_grad()
-def tour():
-    """Every tensor on the way from two images to their masks, on random weights.
-
-    The numbers in a shape tell the symbols: B = 2, RGB = 3, C = 5, D = 16, H x W = 42 x 70, and at
-    the tiny student's stride of 4, h x w = 11 x 18. No two are equal.
+    extras/published.py reads the authors' students into it; torchvision has no weights for it.
     """
-    torch.manual_seed(0)
-    class_names = ["cat", "dog", "sofa", "grass", "sky"]
-    W_q = F.normalize(torch.randn(5, 16), dim=1)  # each row of length 1
-    W_r = torch.randn(5, 16)
-    W_r = W_r / W_r.norm()                        # the whole matrix of length 1
-    student = DeepLabV2(class_names, W_q, W_r, student="tiny").eval()
-
-    images = torch.rand(2, 3, 42, 70)
-    logits = student(images)
-    pixels = student.to_pixels(logits.rectified, 42, 70)
-    masks = pixels.argmax(1)
-
-    show("images", images, "     (B, 3, H, W)")
-    show("features", logits.features, "Z^   (B, D, h, w)  each cell of length 1; Eq. (7)")
-    show("W_q", student.W_q, "W_q  (C, D)        Sec. 3.1, fixed")
-    show("W_r", student.W_r, "W_r  (C, D)        Sec. 3.2, fixed")
-    show("query", logits.query, "     (B, C, h, w)  Z^ . W_q, cosines")
-    show("reference", logits.reference, "     (B, C, h, w)  Z^ . W_r")
-    show("positional", logits.positional, "M_p  (1, 1, h, w)  none in this head")
-    show("rectified", logits.rectified, "M^D  (B, C, h, w)  query - reference")
-    show("to_pixels", pixels, "M^D  (B, C, H, W)  bilinear, cut to the image; Eq. (6)")
-    show("masks", masks, "     (B, H, W)     the class of each pixel")
+    net = dilated_resnet("resnet50")
+    stem = nn.Sequential(
+        nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+    )
+    parts = OrderedDict(stem=stem)
+    for name in ("maxpool", "layer1", "layer2", "layer3", "layer4"):
+        parts[name] = net.get_submodule(name)
+    return nn.Sequential(parts)
 
 
-if __name__ == "__main__":
-    tour()
+STUDENTS["resnet50_v1c"] = Student(resnet50_v1c, 2048, 8, (6, 12, 18, 24), batch_norm=True)
