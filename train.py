@@ -1,24 +1,24 @@
 """Training: two plain loops, one per stage of the paper.
 
     python train.py                                          the whole paper on shapes, on a CPU
-    python train.py --stage rectify --data voc --root DIR    Sec. 3.1-3.4 on PASCAL VOC
-    python train.py --stage distill --data voc --root DIR    Sec. 3.5, from what the former wrote
+    python train.py --stage rectify --data voc               Sec. 3.1-3.4 on PASCAL VOC
+    python train.py --stage distill --data voc               Sec. 3.5, from what the former wrote
     python train.py --stage rectify --data FOLDER --classes "cat, dog, grass"    your own images
-    torchrun --nproc_per_node=4 train.py --stage rectify --data voc --root DIR   four GPUs
-    python train.py --stage rectify --data voc --root DIR --method reclip++      the sequel
+    torchrun --nproc_per_node=4 train.py --stage rectify --data voc              four GPUs
 
 What stands here
     train_rectification      stage 1: the loop of Sec. 3.1-3.4
     train_distillation       stage 2: the loop of Sec. 3.5
-    learning rates, gradients of several processes, the models that the loops start from
+    Settings                 every hyper-parameter of the two loops, with unit and source
+    hyper_parameters         where each gets its value: the default, the data set, the command line
+    stream, features, learning rate, gradients, the models that the loops start from
     label_training_set       pseudo-labels of the training images (Sec. 3.4), kept by name
-    Run                      bookkeeping of a loop: resume, log, save, stop
-    rectify_stage, distill_stage    a stage from a data set's name on: model, pseudo-labels, loop
+    Run                      bookkeeping of a loop: resume, log, save
+    rectify, distill         a stage from a data set on: model, pseudo-labels, loop
     main                     the command line
 
-The hyper-parameters are datasets.Settings, with the source of each. The stream of training images
-yields images, which of their pixels are valid, and names: nothing here that learns reads a label of
-a data set.
+The stream of training images yields images, which of their pixels are valid, and names: nothing
+here that learns reads a label of a data set.
 
 Symbols: B images per step, C classes, D width of CLIP's joint space; H x W pixels, h x w patches.
 """
@@ -29,12 +29,12 @@ import dataclasses
 import json
 import math
 import os
-import resource
-import signal
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -43,47 +43,39 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from clip_model import ATTENTIONS, MODELS, load_clip, written_atomically
+from clip_model import MODELS, load_clip, tensors_sha256, written_atomically
 from datasets import (
     DATA,
-    IGNORE,
-    SETTINGS,
     Augment,
-    Evaluation,
     Progress,
-    Settings,
     Thumbnails,
     TrainingStream,
-    Windows,
-    find_settings,
     open_split,
-    own_facts,
+    own_images,
     read_classes,
     read_prompts,
 )
 from deeplab import HEADS, STUDENTS, DeepLabV2
 from eval import (
-    Column,
     best_device,
-    check_device,
-    evaluate_stage,
-    find_protocol,
+    distill_protocol,
+    evaluate_split,
     plain_clip,
+    rectify_protocol,
 )
 from reclip import (
-    PROMPTS,
-    RECIPES,
+    IGNORE,
+    Options,
     ReCLIP,
-    ReCLIPPlusPlus,
     contrastive_loss,
     distillation_loss,
     feature_guided_loss,
     gumbel_softmax_masks,
     mask_guided_loss,
     masked_features,
-    open_rectification,
+    option,
+    read_checkpoint,
     text_guided_loss,
-    window_labels,
 )
 
 
@@ -92,52 +84,31 @@ from reclip import (
 def train_rectification(model, split, labels, settings, run):
     """Sec. 3.1-3.4: learns CLIP's two biases from images alone; writes <out>/rectify.pt.
 
-    model: a ReCLIP. Its Reference prompt and its positional net learn; CLIP stays as it is. (The
-        sequel, a ReCLIPPlusPlus, is trained by the same loop.)
+    model: a ReCLIP. Its Reference prompt and its positional net learn; CLIP stays as it is.
     split: the training images (datasets.open_split).
     labels: {name: (C,) bool}: which classes does each image hold? CLIP's own guess, which
         label_training_set makes.
-    settings: datasets.Settings.
-    run: bookkeeping, a Run (see below).
+    settings: a Settings. run: bookkeeping, a Run.
     -> the model, in eval mode
     """
-    modules = model.learnable_modules()
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    if not parameters:
-        raise ValueError("nothing to learn: prompt_length and positional_channels are both 0")
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay
     )
-
-    augment = Augment(
-        long_side=settings.rectify_long_side,
-        short_side=settings.rectify_short_side,
-        crop=settings.crop,
-        ratio=(settings.resize_from, settings.resize_to),
-        flip=settings.flip,
-        photometric=settings.photometric,
-        antialias=split.antialias,
-    )
-    stream = TrainingStream(split, augment, run.seed)
-    images_per_step = settings.rectify_batch * run.processes
-    steps = math.ceil(settings.rectify_epochs * len(split) / images_per_step)
-
-    # CLIP is frozen, so an image that is never augmented (shapes) has features that never change.
-    # They are computed once, here: items 0 .. N-1 of the stream are its first epoch, each image
-    # once.
-    features_of = {}
-    if not augment.changes:
-        for images, _, names in DataLoader(stream, 32, sampler=range(len(split))):
-            for name, Z in zip(names, model.features(images.to(run.device))):
-                features_of[name] = Z                                   # (D, h, w)
+    sides = (settings.rectify_long_side, settings.rectify_short_side)
+    stream = training_stream(split, sides, settings.crop, settings, run.seed)
+    features = frozen_features(model, stream, run.device)
 
     model.train()
-    run.begin(modules, optimizer, steps, images_per_step, len(split))
-    for step, images, valid, names in run.batches(stream, settings.rectify_batch):
+    identity = identity_of(model, split, labels, settings, run)
+    run.begin(model, optimizer, settings.rectify_epochs, settings.rectify_batch, stream, identity)
+    for step, images, valid, names in run.batches():
+        # All that is random in a step, the noise of Eq. (4), follows from its number.
+        torch.manual_seed(run.noise_seed(step))
+
         # Sec. 4.1: poly decay, once an epoch, as released.
-        epoch = step * images_per_step // len(split)
         lr = poly_learning_rate(
-            settings.lr, epoch, settings.rectify_poly_epochs, settings.poly_power
+            settings.lr, run.epoch(step), settings.rectify_poly_epochs, settings.poly_power
         )
         set_learning_rate(optimizer, lr)
 
@@ -148,34 +119,29 @@ def train_rectification(model, split, labels, settings, run):
         present = torch.stack([labels[name] for name in names]).to(run.device)   # (B, C) bool
 
         # Sec. 3.1: the patches as CLIP sees them. CLIP is frozen: no gradient passes here.
-        if features_of:
-            Z = torch.stack([features_of[name] for name in names])               # (B, D, h, w)
-        else:
-            Z = model.features(images, valid)                                    # (B, D, h, w)
+        Z = features(images, valid, names)                                       # (B, D, h, w)
 
         # Eq. (1)-(3): what CLIP says of each patch, less its leaning towards classes and places.
         M = model.rectify(Z).rectified                                           # (B, C, h, w)
 
         # Eq. (4): every patch picks one class. These masks are hard, but a gradient passes through.
         # (Patches of padding take part: they fall under some mask, and count in Eq. (5)'s mean.)
-        masks = gumbel_softmax_masks(M, model.tau_1)                             # (B, C, h, w)
+        masks = gumbel_softmax_masks(M, model.options.tau_1)                     # (B, C, h, w)
 
         # Eq. (5): what lies under the mask of a class must look like the text of that class. If it
         # does not, patches of another class have come under the mask, and the loss corrects the
         # bias that let them in.
-        pooled = masked_features(Z, masks, model.pool)                           # (B, C, D)
+        pooled = masked_features(Z, masks, model.options.pool)                   # (B, C, D)
         loss = contrastive_loss(pooled, model.W_q, present, model.tau)           # scalar
 
         optimizer.zero_grad()
         loss.backward()
         average_gradients(parameters)
-        run.require_finite(step, loss, parameters, names)
+        require_finite(loss, parameters, step, names)
         optimizer.step()
 
-        run.log(step, loss, lr)
-        if run.save_due(step):
-            model.save(run.checkpoint)
-            run.save_state(step)
+        run.log(step, loss=loss.item(), lr=lr)
+        run.save(step)
     return model.eval()
 
 
@@ -187,8 +153,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
     Patches of 16 pixels cannot draw an outline, and CLIP was not made to segment. DeepLab V2 was:
     its grid is twice as fine as CLIP's, and it learns what the teacher says of very many images.
 
-    teacher: a ReCLIP, frozen.
-    student: a DeepLabV2.
+    teacher: a ReCLIP, frozen. student: a DeepLabV2.
     split, labels, settings, run: as in train_rectification.
     -> the student, in eval mode
     """
@@ -199,19 +164,8 @@ def train_distillation(teacher, student, split, labels, settings, run):
     optimizer = torch.optim.SGD(
         parameters, settings.distill_lr, settings.momentum, weight_decay=settings.weight_decay
     )
-
-    augment = Augment(
-        long_side=settings.distill_long_side,
-        short_side=settings.distill_short_side,
-        crop=settings.distill_crop,
-        ratio=(settings.resize_from, settings.resize_to),
-        flip=settings.flip,
-        photometric=settings.photometric,
-        antialias=split.antialias,
-    )
-    stream = TrainingStream(split, augment, run.seed)
-    images_per_step = settings.distill_batch * run.processes
-    steps = math.ceil(settings.distill_epochs * len(split) / images_per_step)
+    sides = (settings.distill_long_side, settings.distill_short_side)
+    stream = training_stream(split, sides, settings.distill_crop, settings, run.seed)
 
     # Eq. (6) makes probabilities of cosines with the temperature of Eq. (5); a classifier that
     # learns finds its own scale. (Eq. (4) divides by the teacher's tau_1 under every head: beside a
@@ -222,74 +176,189 @@ def train_distillation(teacher, student, split, labels, settings, run):
 
     student.train()
     student.to(memory_format=torch.channels_last)  # the same numbers, faster convolutions
-    run.begin({"student": student}, optimizer, steps, images_per_step, len(split))
-    for step, images, valid, names in run.batches(stream, settings.distill_batch):
+    identity = identity_of(teacher, split, labels, settings, run)
+    identity["teacher"] = tensors_sha256(teacher.learnt())
+    run.begin(student, optimizer, settings.distill_epochs, settings.distill_batch, stream, identity)
+    for step, images, valid, names in run.batches():
+        torch.manual_seed(run.noise_seed(step))
+
         # Sec. 4.1: poly decay over all epochs, and never below a floor (released).
-        epoch = step * images_per_step // len(split)
         lr = poly_learning_rate(
-            settings.distill_lr, epoch, settings.distill_epochs, settings.poly_power
+            settings.distill_lr, run.epoch(step), settings.distill_epochs, settings.poly_power
         )
         lr = max(lr, settings.distill_lr_floor)
         set_learning_rate(optimizer, lr)
 
         # Which classes do these images hold? CLIP's guess once more, for the text-guided loss.
         present = torch.stack([labels[name] for name in names]).to(run.device)   # (B, C) bool
-        size = images.shape[2:]                                                  # (H, W)
+        H, W = images.shape[2:]
 
-        # What the teacher says. Its masks are the pseudo-labels M~: every pixel gets a class, and
+        # What the teacher says. Its masks M~ are taken for the truth: every pixel gets a class, and
         # none is looked up anywhere. Where an image was padded there is nothing to learn.
         with torch.no_grad():
-            teacher_logits = teacher(images, valid)     # Logits: .rectified is M, .features is Z
-            M = teacher.to_pixels(teacher_logits.rectified, *size)               # (B, C, H, W)
-            pseudo_labels = M.argmax(1).masked_fill(~valid, IGNORE)              # (B, H, W)
+            taught = teacher(images, valid)               # Output: .rectified is M, .features is Z
+            M = teacher.to_pixels(taught.rectified, H, W)                        # (B, C, H, W)
+            teacher_masks = M.argmax(1).masked_fill(~valid, IGNORE)              # (B, H, W)
 
-        # What the student says of the same images, and how far it is from that. On a GPU its
-        # convolutions run in bf16; DeepLabV2.rectify and text_guided_loss turn autocast off for
-        # themselves.
+        # What the student sees in the same images. On a GPU its convolutions run in bf16; what
+        # follows does not: bf16 would round cosines to steps of .001, about what classes differ by.
         with torch.autocast(run.device_type, torch.bfloat16, enabled=run.device_type == "cuda"):
-            student_logits = student(images, valid)     # Logits: .rectified is M^D, .features is Z^
+            Z_student = student.features(images, valid)                          # (B, D, h', w')
+        M_student = student.rectify(Z_student).rectified                         # (B, C, h', w')
 
-            # Eq. (6): each pixel should get the class that the teacher gave it.
-            mask_loss = mask_guided_loss(
-                student_logits.rectified, pseudo_labels, mask_tau, student.to_pixels
-            )
+        # Eq. (6): each pixel should get the class that the teacher gave it.
+        mask_loss = mask_guided_loss(M_student, teacher_masks, mask_tau, student.to_pixels)
 
-            # Eq. (7): its features should be the teacher's, since its head is made of CLIP's texts.
-            feature_loss = 0
-            if settings.alpha:
-                feature_loss = feature_guided_loss(
-                    teacher_logits.features, student_logits.features, valid,
-                    teacher.to_pixels, student.to_pixels,
-                )
+        # Eq. (7): its features should be the teacher's, since its head is made of CLIP's texts.
+        feature_loss = feature_guided_loss(
+            taught.features, Z_student, valid, teacher.to_pixels, student.to_pixels
+        )
 
-            # Eq. (4)-(5) again: what lies under the student's own masks should look like their
-            # texts. Here the student can find out that its teacher was wrong.
-            text_loss = 0
-            if settings.beta:
-                text_loss = text_guided_loss(
-                    student_logits.rectified, student_logits.features, teacher.W_q, present,
-                    teacher.tau_1, teacher.tau, teacher.pool,
-                )
+        # Eq. (4)-(5) again: what lies under the student's own masks should look like their texts.
+        # Here the student can find out that its teacher was wrong.
+        text_loss = text_guided_loss(
+            M_student, Z_student, teacher.W_q, present,
+            teacher.options.tau_1, teacher.tau, teacher.options.pool,
+        )
 
-            # Eq. (8): all three, the last two with half the weight.
-            loss = distillation_loss(
-                mask_loss, feature_loss, text_loss, settings.alpha, settings.beta
-            )
+        # Eq. (8): all three, the last two with half the weight.
+        loss = distillation_loss(
+            mask_loss, feature_loss, text_loss, settings.alpha, settings.beta
+        )
 
         optimizer.zero_grad()
         loss.backward()
         average_gradients(parameters)
-        run.require_finite(step, loss, parameters, names)
+        require_finite(loss, parameters, step, names)
         optimizer.step()
 
-        run.log(step, loss, lr)
-        if run.save_due(step):
-            student.save(run.checkpoint)
-            run.save_state(step)
+        run.log(
+            step,
+            loss=loss.item(),
+            mask=mask_loss.item(),
+            feature=feature_loss.item(),
+            text=text_loss.item(),
+            lr=lr,
+        )
+        run.save(step)
     return student.eval()
 
 
-# --- Learning rate; gradients of several processes ------------------------------------------------
+# --- Hyper-parameters -----------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Settings:
+    """Every hyper-parameter of the two loops, with unit and source. (The model's: reclip.Options.)
+
+    The defaults are VOC's, for images of your own.
+    """
+    # Rectification, Sec. 3.1-3.4
+    rectify_epochs: int = option(51, "epochs of rectification (released)")
+    rectify_poly_epochs: int = option(
+        200, "the learning rate falls as if training ended, at 0, after so many epochs (released)")
+    rectify_batch: int = option(1, "images a step (released)")
+    lr: float = option(0.01, "learning rate of SGD (Sec. 4.1)")
+    momentum: float = option(0.9, "momentum of SGD (released)")
+    weight_decay: float = option(0.0005, "weight decay of SGD (Sec. 4.1)")
+    poly_power: float = option(
+        0.9, "learning rate = lr * (1 - epoch / rectify_poly_epochs) ** poly_power (Sec. 4.1)")
+    threshold: float = option(
+        23.0, "an image holds a class if 100 * cosine reaches it (t of Sec. 3.4; value released)")
+    top_k: int = option(2, "image-level labels where no class passes the threshold (released)")
+
+    # Distillation, Sec. 3.5
+    student: str = option(
+        "resnet101", "backbone of DeepLab V2: resnet101 (ours), resnet50, resnet50_v1c (released), "
+        "tiny (shapes)", tuple(STUDENTS))
+    head: str = option("query_reference", "head of the student, Table 6", HEADS)
+    backbone_weights: str = option(
+        "imagenet", "start of the backbone: imagenet (ours), a file, or none")
+    distill_epochs: int = option(100, "epochs of distillation (released)")
+    distill_batch: int = option(16, "images a step (released)")
+    distill_lr: float = option(0.01, "learning rate of SGD (Sec. 4.1), poly over all epochs")
+    distill_lr_floor: float = option(1e-4, "the learning rate never falls below (released)")
+    mask_tau: float = option(
+        None, "temperature of Eq. (6); if not given, that of Eq. (5); 1 for head original (ours)")
+    alpha: float = option(0.5, "weight of the feature-guided loss, Eq. (8) (Sec. 3.5)")
+    beta: float = option(0.5, "weight of the text-guided loss, Eq. (8) (Sec. 3.5)")
+
+    # Images, Sec. 4.1. In training an image is resized, smaller or larger, to the largest size
+    # within r times the two sides, with r drawn from resize_from .. resize_to; then it is cropped.
+    # Evaluation resizes it likewise, with r = 1.
+    rectify_long_side: int = option(2048, "rectification: longer side at r = 1, pixels (released)")
+    rectify_short_side: int = option(336, "rectification: shorter side at r = 1, pixels (released)")
+    crop: int = option(
+        336, "rectification: side of the crop, pixels (released); 0: whole images, all of one size "
+        "(ours)")
+    distill_long_side: int = option(2048, "distillation: longer side at r = 1, pixels (released)")
+    distill_short_side: int = option(512, "distillation: shorter side at r = 1, pixels (released)")
+    distill_crop: int = option(512, "distillation: as crop (released)")
+    resize_from: float = option(0.5, "least r (released)")
+    resize_to: float = option(2.0, "largest r (released)")
+    flip: bool = option(True, "random horizontal flip (Sec. 4.1)")
+    photometric: bool = option(True, "random brightness, contrast, saturation, hue (released)")
+
+    # Evaluation of the rectified CLIP; a student is evaluated without (released)
+    denoise: float = option(
+        0.5, "a class that reaches this probability nowhere in an image is dropped (released); 0: "
+        "off")
+
+    def __post_init__(self):
+        if self.rectify_epochs > self.rectify_poly_epochs:
+            raise ValueError(f"rectify_epochs is {self.rectify_epochs}; it must not be above "
+                             f"rectify_poly_epochs, {self.rectify_poly_epochs}, from which on the "
+                             "learning rate is 0")
+
+
+def hyper_parameters(dataset, recipe=None, **given):
+    """Each hyper-parameter has its value from one of three places, the later before the earlier:
+
+        the default in reclip.Options or Settings
+        the entry of the data set in datasets.DATA, under the recipe
+        the command line: `given`
+
+    dataset: a datasets.DataSet. recipe: one of the entry's; None: its first.
+    -> Options of the model, Settings of the loops
+    """
+    recipe = recipe or next(iter(dataset.recipes))
+    values = {"recipe": recipe} | dataset.hyper_parameters(recipe) | given
+
+    of_model = {}
+    for field in dataclasses.fields(Options):
+        if field.name in values:
+            of_model[field.name] = values.pop(field.name)
+    return Options(**of_model), Settings(**values)
+
+
+# --- What the loops are made of -------------------------------------------------------------------
+
+def training_stream(split, sides, crop, settings, seed):
+    """The endless stream of augmented images (Sec. 4.1). sides: the longer, the shorter, pixels."""
+    augment = Augment(
+        *sides,
+        crop,
+        ratio=(settings.resize_from, settings.resize_to),
+        flip=settings.flip,
+        photometric=settings.photometric,
+        antialias=split.antialias,
+    )
+    return TrainingStream(split, augment, seed)
+
+
+def frozen_features(model, stream, device):
+    """-> function (images, valid, names) -> Z (B, D, h, w), the features of Sec. 3.1.
+
+    CLIP is frozen, so an image that is never augmented (shapes) has features that never change:
+    they are computed once, here. Items 0 .. N-1 of the stream are its first epoch, each image once.
+    """
+    if stream.transform.changes:
+        return lambda images, valid, names: model.features(images, valid)
+
+    known = {}
+    for images, _, names in DataLoader(stream, 32, sampler=range(len(stream))):
+        known.update(zip(names, model.features(images.to(device))))              # (D, h, w) each
+    return lambda images, valid, names: torch.stack([known[name] for name in names])
+
 
 def poly_learning_rate(lr, epoch, horizon, power):
     """Sec. 4.1: lr (1 - epoch / horizon)^power. Changed once an epoch, as released."""
@@ -299,6 +368,15 @@ def poly_learning_rate(lr, epoch, horizon, power):
 def set_learning_rate(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def require_finite(loss, parameters, step, names):
+    """Ends the training if loss or gradient is NaN or infinite, before it spoils the weights."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not torch.isfinite(loss + norm):
+        raise ValueError(f"the loss is {loss.item()}, its gradient's norm {norm.item():.3g}, at "
+                         f"step {step} on {', '.join(names)}; the step was not taken: try a "
+                         "smaller learning rate")
 
 
 def average_gradients(parameters):
@@ -316,67 +394,51 @@ def average_gradients(parameters):
             parameter.grad /= dist.get_world_size()
 
 
-def rank_and_world():
-    """The number of this process, and of how many: (0, 1) without torchrun."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 @contextmanager
 def rank_0_first():
-    """Process 0 does what stands within before the others, so that they find the files it wrote."""
-    rank, world = rank_and_world()
-    if rank > 0:
+    """Process 0 does what stands within before the others, so that they find the file it wrote."""
+    if dist.is_initialized() and dist.get_rank() > 0:
         dist.barrier()
     yield
-    if rank == 0 and world > 1:
+    if dist.is_initialized() and dist.get_rank() == 0:
         dist.barrier()
 
 
 # --- The models that the loops start from ---------------------------------------------------------
 
-def new_reclip(clip, facts, settings, seed):
-    """A ReCLIP of a data set's classes that has learnt nothing yet; the same for the same seed."""
+def new_reclip(clip, dataset, options, settings, seed, kind=ReCLIP):
+    """A ReCLIP of a data set's classes that has learnt nothing yet; the same for the same seed.
+
+    kind: ReCLIP, or a class that is made like it.
+    """
     torch.manual_seed(seed)
-    options = {
-        "prompts": facts.prompts or PROMPTS,
-        "prompt_length": settings.prompt_length,
-        "prompt_per_class": settings.prompt_per_class,
-        "reference_norm": settings.reference_norm,
-        "query_learnable": settings.query_learnable,
-        "subtract": settings.subtract,
-        "attention": settings.attention,
-        "tau_1": settings.tau_1,
-        "tau": settings.tau,
-        "pool": settings.pool,
-        "recipe": settings.recipe,
-    }
-    if settings.method == "reclip++":
-        return ReCLIPPlusPlus(clip, facts.classes, **options).train()
-    return ReCLIP(
+    return kind(
         clip,
-        facts.classes,
-        positional_channels=settings.positional_channels,
-        positional_last_relu=settings.positional_last_relu,
-        positional_gain=settings.positional_gain,
-        **options,
+        dataset.classes,
+        prompts=dataset.prompts,
+        protocol=rectify_protocol(dataset, options.recipe, **dataclasses.asdict(settings)),
+        **dataclasses.asdict(options),
     ).train()
 
 
-def new_student(teacher, settings, seed):
+def new_student(teacher, dataset, settings, seed):
     """A DeepLabV2 with the heads of the teacher, a ReCLIP in eval mode; the same for the same seed.
 
-    Table 6's heads inherit different parts; a part that the teacher does not have cannot be
-    inherited.
+    Table 6's heads inherit different parts; what the teacher does not have, or the student does not
+    know, cannot be inherited.
     """
     head = settings.head
-    if "reference" in head and not (teacher.subtract and teacher.reference is not None):
+    if "reference" in head and not (teacher.options.subtract and teacher.reference is not None):
         raise ValueError(f"head {head!r} subtracts the Reference, which this teacher does not: "
                          "rectify again with prompt_length above 0 and subtract")
     if "positional" in head and teacher.positional is None:
         raise ValueError(f"head {head!r} subtracts positional logits, and this teacher has none: "
                          "rectify again with positional_channels not 0")
+    learnt = {key.split(".")[0] for key in teacher.learnt()}
+    unknown = learnt - {"W_q", "query", "reference", "positional"}
+    if unknown:
+        raise ValueError(f"the teacher has learnt {', '.join(sorted(unknown))}, which "
+                         "DeepLabV2.rectify does not know: write it there too")
 
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -395,60 +457,42 @@ def new_student(teacher, settings, seed):
         student=settings.student,
         head=head,
         backbone_weights=weights,
-        recipe=teacher.recipe,
+        protocol=distill_protocol(dataset, **dataclasses.asdict(settings)),
     ).train()
 
 
 # --- Image-level labels of the training images, Sec. 3.4 ------------------------------------------
 
-def origin_of(facts, settings, clip, prompts, split):
-    """What pseudo-labels depend on: kept beside them, and part of what identifies a run.
-
-    But for the pixels: that an image was changed under its old name is not noticed.
-    """
-    origin = {
-        "data": facts.name,
-        "classes": list(facts.classes),
-        "prompts": list(prompts),
-        "clip": clip.sha256,
-        "threshold": settings.threshold,
-        "top_k": settings.top_k,
-        "pictures": len(split),
-        "names": crc32(repr(split.names).encode()),
-    }
-    if settings.label_window:
-        origin["label_window"] = settings.label_window
-        origin["window_sides"] = list(sides_before_windows(split, settings))
-    return origin
-
-
-def sides_before_windows(split, settings):
-    """The sides that an image is resized within before windows are cut; 0, 0: not at all.
-
-    As released, windows are cut from a benchmark's image as it is (those are the data sets without
-    antialiasing). Images of your own may have any size, and are first resized as for training
-    (ours).
-    """
-    if split.antialias:
-        return settings.rectify_long_side, settings.rectify_short_side
-    return 0, 0
-
-
-def label_training_set(model, split, settings, origin, path, workers=0):
+def label_training_set(model, split, settings, path, workers=0):
     """Sec. 3.4: the classes that CLIP finds in each training image: {name: (C,) bool}.
 
     They come from CLIP alone and never change, so they are made once and kept in `path` by
     image name (the released code pairs them by line number with an unsorted directory listing).
-    A file that was made from something else (see origin_of), or is no such file, is made anew.
+    A file that was made from something else is made anew. (That an image was changed under its old
+    name is not noticed.)
     """
-    found = read_image_labels(path, origin, split.names)
+    how = {"threshold": settings.threshold, "top_k": settings.top_k}
+    find = partial(find_in_thumbnails, model, split, settings, workers)
+    return kept_labels(model, split, path, how, find)
+
+
+def kept_labels(model, split, path, how, find):
+    """{name: (C,) bool} of what find() has found, {name: list of class indices}, kept in `path`.
+
+    how: {name: value}, what find() depends on beside the model's texts, its CLIP and the images.
+    """
+    identity = how | {
+        "classes": list(model.class_names),
+        "prompts": list(model.prompts),
+        "clip": model.clip.identity(),
+        "images": crc32(repr(split.names).encode()),
+    }
+    found = read_image_labels(path, identity)
     if found is None:
-        if settings.label_window:
-            found = find_in_windows(model, split, settings, workers)
-        else:
-            found = find_in_thumbnails(model, split, settings, workers)
+        found = find()
         with written_atomically(path) as temporary:
-            temporary.write_text(json.dumps({"identity": origin, "labels": found}))
+            content = json.dumps({"identity": identity, "labels": found})
+            temporary.write_text(content, encoding="utf-8")
         print_label_histogram(found, model.class_names)
 
     labels = {}
@@ -473,31 +517,15 @@ def find_in_thumbnails(model, split, settings, workers):
     return found
 
 
-def find_in_windows(model, split, settings, workers):
-    """ReCLIP++'s rule: {name: list of the class indices that some window of the image names}."""
-    found = {}
-    progress = Progress("image-level labels by windows", len(split))
-    sides = sides_before_windows(split, settings)
-    windows = Windows(split, settings.label_window, model.clip.input_resolution, *sides)
-    for images, name in DataLoader(windows, batch_size=None, num_workers=workers):
-        similarity = [
-            model.image_similarity(some.to(model.W_q.device)) for some in images.split(64)
-        ]
-        row = window_labels(torch.cat(similarity))                      # (C,) bool
-        found[name] = row.cpu().nonzero()[:, 0].tolist()
-        progress(len(found))
-    return found
-
-
-def read_image_labels(path, origin, names):
-    """{name: list of class indices} of an earlier run with the same origin, or None."""
+def read_image_labels(path, identity):
+    """{name: list of class indices} of an earlier run with the same identity, or None."""
     try:
-        content = json.loads(path.read_text())
-        if content["identity"] == origin and set(content["labels"]) == set(names):
-            return content["labels"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass
-    return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    if content["identity"] != identity:
+        return None
+    return content["labels"]
 
 
 def print_label_histogram(found, class_names):
@@ -513,327 +541,212 @@ def print_label_histogram(found, class_names):
 
 # --- Bookkeeping ----------------------------------------------------------------------------------
 
+def identity_of(model, split, labels, settings, run):
+    """{name: value}: what a training follows from, and so must not differ when it is resumed."""
+    identity = dataclasses.asdict(model.options) | dataclasses.asdict(settings)
+    classes_found = [(name, row.nonzero().tolist()) for name, row in labels.items()]
+    return identity | {
+        "class_names": list(model.class_names),
+        "prompts": list(model.prompts),
+        "clip": model.clip.identity(),
+        "images": crc32(repr(split.names).encode()),
+        "labels": crc32(repr(classes_found).encode()),
+        "seed": run.seed,
+        "processes": run.processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
 class Run:
-    """All that a loop needs and the paper does not speak of: resume, log, progress, save, stop.
+    """All that a loop needs and the paper does not speak of: resume, log, progress, save.
 
-        run = Run("rectify", Path("runs/voc"), identity)
-        run.begin(modules, optimizer, steps, images_per_step, len(split))    # --resume goes on here
-        for step, images, valid, names in run.batches(stream, batch_size):
+        run = Run("rectify", Path("runs/voc"))
+        run.begin(model, optimizer, epochs, batch, stream, identity)    # --resume goes on here
+        for step, images, valid, names in run.batches():
+            torch.manual_seed(run.noise_seed(step))
             ...
-            run.require_finite(step, loss, parameters, names)    # NaN ends the run before the step
-            optimizer.step()
-            run.log(step, loss, lr)
-            if run.save_due(step):                       # every epoch, at the end, before a stop
-                model.save(run.checkpoint)
-                run.save_state(step)
+            run.log(step, loss=loss.item(), lr=lr)
+            run.save(step)                                  # once an epoch, and at the end
 
-    Files: <out>/<stage>.pt (checkpoint), <stage>_state.pt (all that a later --resume needs),
-    <stage>_log.csv (step, loss, lr). Each is written beside the old one and renamed.
-
-    identity: {name: value} of what must not differ between a run and its resumption. More may be
-        added to run.identity before begin.
-    Everything random in a step follows from (seed, step, process). So no generator has a state that
-    would have to be kept, and on a CPU a resumed run equals an uninterrupted one to the bit.
+    Two files, <out>/<stage>.pt and <stage>_log.csv. The checkpoint holds all that --resume needs,
+    under "training"; it is written beside the old one and renamed, so that whatever stops the
+    program costs an epoch at most. Everything random in a step follows from (seed, step, process).
+    So no generator has a state that would have to be kept, and on a CPU a resumed training equals
+    an uninterrupted one to the bit.
     """
 
-    def __init__(self, stage, out, identity, seed=0, resume=False, device="cpu", workers=0):
-        self.rank, self.processes = rank_and_world()
+    def __init__(
+        self, stage, out, seed=0, device="cpu", workers=0, resume=False, overwrite=False
+    ):
         self.stage = stage
-        self.out = Path(out)
-        self.identity = identity | {"seed": seed, "processes": self.processes}
         self.seed = seed
-        self.resume = resume
         self.device = device
         self.device_type = torch.device(device).type
         self.workers = workers
-        self.checkpoint = self.out / f"{stage}.pt"
-        self.state_path = self.out / f"{stage}_state.pt"
-        self.log_path = self.out / f"{stage}_log.csv"
-        self.asked_to_stop = False  # this process got a signal
-        self.stopping = False       # all processes know it: the run ends after this step
+        self.resume = resume
+        self.overwrite = overwrite
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        self.checkpoint = Path(out) / f"{stage}.pt"
+        self.log_path = Path(out) / f"{stage}_log.csv"
 
-    def begin(self, modules, optimizer, steps, images_per_step, images_per_epoch):
-        """Takes the run to its first step: 0, or the one after the last that was saved.
+    def begin(self, model, optimizer, epochs, batch, stream, identity):
+        """Takes the training to its first step: 0, or the one after the last that was saved.
 
-        modules: {name: module}, what learns; with the optimizer, what is saved and resumed.
-        steps: how many in all, of images_per_step images; images_per_epoch: how often to save.
+        batch: images a step, of each process. identity: see identity_of.
         """
-        self.modules = modules
+        self.model = model
         self.optimizer = optimizer
-        self.steps = steps
-        self.save_every = math.ceil(images_per_epoch / images_per_step)
-        self.first = 0
-        self.rows = [["step", "loss", "lr"]]
+        self.batch = batch
+        self.stream = stream
+        self.identity = identity
+        self.images_per_step = batch * self.processes
+        self.steps = math.ceil(epochs * len(stream) / self.images_per_step)
+        self.save_every = math.ceil(len(stream) / self.images_per_step)
 
-        self.out.mkdir(parents=True, exist_ok=True)
-        if self.resume:
-            self.first = self.load_state()
-            if self.first and self.log_path.exists():
-                with self.log_path.open() as file:
-                    self.rows = list(csv.reader(file))[:self.first + 1]
-        self.saved = self.first
-        self.progress = Progress(self.stage, steps, self.first, images_per_step)
+        self.first = 0
+        if self.checkpoint.is_file() and not self.overwrite:
+            self.first = self.earlier_step()
+        self.rows = []
+        if self.rank == 0:
+            self.cut_log()
+        self.progress = Progress(self.stage, self.steps, self.first, self.images_per_step)
         self.began = time.perf_counter()
 
-    def batches(self, stream, batch_size):
+    def earlier_step(self):
+        """What does the checkpoint that is there mean for this training? -> its first step
+
+        With --resume it is loaded, if it is of the same training. Without, it is replaced; but not
+        if it is the end of another one.
+        """
+        content = read_checkpoint(self.checkpoint)
+        training = content.get("training") or {"identity": {}, "step": 0, "steps": 0}
+        earlier = training["identity"]
+        changed = []
+        for key in self.identity:
+            if earlier.get(key) != self.identity[key]:
+                changed.append(f"{key} was {earlier.get(key)!r}, now {self.identity[key]!r}")
+
+        if changed and self.resume:
+            raise ValueError(f"cannot resume {self.checkpoint}: {'; '.join(changed)}")
+        if changed and training["step"] == training["steps"]:
+            raise ValueError(f"{self.checkpoint} is the end of another training ({changed[0]}): "
+                             "give another --out, or --overwrite to replace it")
+        if not self.resume:
+            return 0
+
+        self.model.load_state_dict(content["learnt"])
+        if training["optimizer"] is not None:
+            self.optimizer.load_state_dict(training["optimizer"])
+        return training["step"]
+
+    def cut_log(self):
+        """Leaves of an earlier log the rows before the first step."""
+        kept = []
+        if self.first:
+            with self.log_path.open(newline="") as file:
+                kept = list(csv.reader(file))[:self.first + 1]
+        with written_atomically(self.log_path) as temporary:
+            with temporary.open("w", newline="") as file:
+                csv.writer(file).writerows(kept)
+
+    def batches(self):
         """Yields (step, images (B, 3, H, W), valid (B, H, W) bool, names) until the last step.
 
         Images and valid (see datasets.Augment) are on the device.
+        """
+        on_cuda = self.device_type == "cuda"
+        loader = DataLoader(
+            self.stream,
+            batch_sampler=self.item_numbers(),
+            num_workers=self.workers,
+            pin_memory=on_cuda,
+        )
+        for step, (images, valid, names) in enumerate(loader, self.first):
+            images = images.to(self.device, non_blocking=on_cuda)
+            valid = valid.to(self.device, non_blocking=on_cuda)
+            yield step, images, valid, names
 
-        Step s of process r takes the images (s * processes + r) * batch_size and following of the
+        if self.rank == 0:
+            seconds = time.perf_counter() - self.began
+            print(f"{self.stage}: {self.steps - self.first} of {self.steps} steps in "
+                  f"{seconds:.0f} s, written to {self.checkpoint.parent}")
+
+    def item_numbers(self):
+        """The numbers of the stream's items that each step takes.
+
+        Step s of process r takes the images (s * processes + r) * batch and following of the
         endless stream: within an epoch no two processes share an image, and no batch is smaller
         than another.
         """
-        loader = DataLoader(
-            stream,
-            batch_sampler=self.item_numbers(batch_size),
-            num_workers=self.workers,
-            pin_memory=self.device_type == "cuda",
-        )
-        with self.stop_signals():
-            for step, (images, valid, names) in enumerate(loader, self.first):
-                # What is random in a step, the noise of Eq. (4), follows from its number. Processes
-                # get noise of their own, and the large primes keep it apart from the draws of the
-                # stream and of other seeds.
-                torch.manual_seed((self.seed + 1) * 7_368_787 + step + self.rank * 1_000_000_007)
-                images = images.to(self.device, non_blocking=True)
-                valid = valid.to(self.device, non_blocking=True)
-                yield step, images, valid, names
-
-                if self.stopping and step + 1 < self.steps:
-                    raise KeyboardInterrupt
-        self.report()
-
-    def item_numbers(self, batch_size):
-        """The numbers of the stream's items that each step takes."""
         for step in range(self.first, self.steps):
-            start = (step * self.processes + self.rank) * batch_size
-            yield range(start, start + batch_size)
+            start = (step * self.processes + self.rank) * self.batch
+            yield range(start, start + self.batch)
 
-    @contextmanager
-    def stop_signals(self):
-        """Within, Ctrl-C and SIGTERM let the step in progress end and be saved.
+    def epoch(self, step):
+        return step * self.images_per_step // len(self.stream)
 
-        A signal that comes too late for that, after save_due, counts for the next step.
+    def noise_seed(self, step):
+        """A seed for each (seed, step, process).
+
+        The large primes keep it apart from the draws of the stream and of other seeds.
         """
-        def ask(*unused):
-            self.asked_to_stop = True
+        return (self.seed + 1) * 7_368_787 + step + self.rank * 1_000_000_007
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def require_finite(self, step, loss, parameters, names):
-        """Ends the run if loss or gradient is NaN or infinite, before the step spoils the weights.
-
-        Gradients are averaged by now, and a mean with NaN in it is NaN: all processes end together.
-        """
-        value = loss.detach().clone()
-        if self.processes > 1:
-            dist.all_reduce(value)
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf)  # infinity: measured, not clipped
-        if math.isfinite(value.item()) and math.isfinite(norm.item()):
-            return
-        kept = "nothing had been saved yet"
-        if self.saved:
-            kept = f"{self.state_path} holds step {self.saved}"
-        raise ValueError(f"the loss is {loss.item()}, its gradient's norm {norm:.3g}, at step "
-                         f"{step} on {', '.join(names)}; the step was not taken, {kept}: try a "
-                         "smaller learning rate")
-
-    def log(self, step, loss, lr):
+    def log(self, step, **numbers):
         """A row of the CSV (written with the next save) and the progress line."""
-        value = loss.item()
-        self.rows.append([step, f"{value:.6g}", f"{lr:.6g}"])
+        if step == 0:
+            self.rows.append(["step", *numbers])
+        self.rows.append([step, *(f"{number:.6g}" for number in numbers.values())])
         if self.rank == 0:
-            self.progress(step + 1, f"loss {value:.4f}  lr {lr:.2e}  ")
+            shown = "".join(f"{name} {number:.4g}  " for name, number in numbers.items())
+            self.progress(step + 1, shown)
 
-    def save_due(self, step):
-        """Whether this process saves now: process 0, once an epoch, at the end, or before a stop.
+    def save(self, step):
+        """Once an epoch and at the end, in process 0: the log, then the checkpoint."""
+        done = step + 1
+        finished = done == self.steps
+        if self.rank > 0 or (done % self.save_every and not finished):
+            return
 
-        All processes must call it: here they agree whether to stop. A stop that reached one stops
-        all after the same step; one that ended alone would leave the others waiting for its
-        gradients.
-        """
-        self.stopping = self.asked_to_stop
-        if self.processes > 1:
-            asked = torch.tensor(int(self.asked_to_stop), device=self.device)
-            dist.all_reduce(asked)
-            self.stopping = bool(asked)
-
-        last = step + 1 == self.steps
-        due = (step + 1) % self.save_every == 0 or last or self.stopping
-        if due:
-            self.saved = step + 1
-        return due and self.rank == 0
-
-    def save_state(self, step):
-        """The log, then the state. The checkpoint of the stage is written before both.
-
-        After a kill in between, --resume goes on from the older state and writes all again.
-        """
-        with written_atomically(self.log_path) as temporary:
-            with open(temporary, "w", newline="") as file:
-                csv.writer(file).writerows(self.rows)
-
-        state = {
-            "step": step + 1,
-            "identity": self.identity,
-            "versions": {"torch": str(torch.__version__)},
-            "modules": {name: module.state_dict() for name, module in self.modules.items()},
-            "optimiser": self.optimizer.state_dict(),
-        }
-        with written_atomically(self.state_path) as temporary:
-            torch.save(state, temporary)
-
-    def load_state(self):
-        """Loads what save_state wrote; returns the step to go on with. Refuses another run's."""
-        path = self.state_path
-        if not path.is_file():
-            raise FileNotFoundError(f"nothing to resume: {path} does not exist; leave --resume out")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            step = int(state["step"])
-            saved_identity = state["identity"]
-            written_by = state["versions"]["torch"]
-            changed = []
-            for key, value in self.identity.items():
-                if saved_identity.get(key) != value:
-                    changed.append(f"{key} was {saved_identity.get(key)!r}, now {value!r}")
-            if not changed:
-                for name, module in self.modules.items():
-                    module.load_state_dict(state["modules"][name])
-                self.optimizer.load_state_dict(state["optimiser"])
-        except Exception as error:  # whatever a broken or hostile file provokes
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} is not a training state, or is truncated: "
-                             f"{reason}") from error
-        if changed:
-            raise ValueError(f"cannot resume {path}: {'; '.join(changed)}")
+            with self.log_path.open("a", newline="") as file:
+                csv.writer(file).writerows(self.rows)
+            self.rows = []
+        except OSError as error:  # on Windows a table that is open elsewhere; later it may go in
+            print(f"{self.log_path} could not be written ({error})", file=sys.stderr)
 
-        if written_by != torch.__version__:
-            print(f"{path} was written by torch {written_by}: last digits may differ from here on")
-        return step
-
-    def report(self):
-        """The last line of a stage: how long it took and how much memory."""
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        if self.device_type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device)
-        seconds = time.perf_counter() - self.began
-        print(f"{self.stage}: {self.steps - self.first} of {self.steps} steps in {seconds:.0f} s, "
-              f"peak memory of the process so far {memory / 2 ** 30:.2f} GiB, "
-              f"written to {self.out}")
+        optimizer = None if finished else self.optimizer.state_dict()
+        self.model.save(self.checkpoint, training={
+            "identity": self.identity,
+            "step": done,
+            "steps": self.steps,
+            "optimizer": optimizer,
+        })
 
 
-# --- The two stages, from a data set's name on ----------------------------------------------------
+# --- The two stages, from a data set on -----------------------------------------------------------
 
-def open_training_images(data, root, download, cache, workers, limit=2):
-    """The training split. Its images are decoded once and kept in memory where that is wanted.
-
-    cache: True, False, or None to keep them if they need less than `limit` GiB (ours).
-    """
+def rectify(dataset, options, settings, split, clip, labels_path, run):
+    """Stage 1: a new model, its pseudo-labels, the loop. -> ReCLIP in eval mode"""
+    model = new_reclip(clip, dataset, options, settings, run.seed)
     with rank_0_first():
-        split = open_split(data, root, "train", download)
-
-    sample = range(0, len(split), max(1, len(split) // 20))
-    mean_bytes = sum(split.image(i).numel() for i in sample) / len(sample)
-    copies = max(1, workers)  # each worker keeps its own
-    size = mean_bytes * len(split) * copies / 2 ** 30
-
-    split.keep = cache
-    if cache is None:
-        split.keep = size < limit
-    kept = "kept in memory" if split.keep else "not kept in memory"
-    print(f"{len(split)} training images, decoded about {size:.2f} GiB: {kept}")
-    return split
-
-
-def rectify_stage(facts, settings, split, clip_name, labels_path, run):
-    """Stage 1: a new model, its pseudo-labels, the loop. -> ReCLIP in eval mode
-
-    clip_name: as load_clip knows it; None for the data set's. labels_path: pseudo-labels are kept
-    there.
-    """
-    clip = load_clip(clip_name or facts.clip, run.device)
-    model = new_reclip(clip, facts, settings, run.seed)
-
-    origin = origin_of(facts, settings, clip, model.prompts, split)
-    with rank_0_first():
-        labels = label_training_set(model, split, settings, origin, labels_path, run.workers)
-
-    run.identity |= origin | dataclasses.asdict(settings)
+        labels = label_training_set(model, split, settings, labels_path, run.workers)
     return train_rectification(model, split, labels, settings, run)
 
 
-def distill_stage(facts, settings, split, clip_name, teacher_path, labels_path, run, recipe=None):
-    """Stage 2: the teacher, a new student, the loop. -> DeepLabV2 in eval mode
-
-    teacher_path: what stage 1 wrote, or a rectification that the authors published.
-    clip_name: None for the CLIP that the teacher was learnt on.
-    recipe: how a published teacher reads images (None: cvpr2024); ours keeps its own.
-    """
-    clip = None
-    if clip_name:
-        clip = load_clip(clip_name, run.device)
-    with rank_0_first():
-        teacher = open_rectification(
-            teacher_path, facts.classes, clip, recipe, run.out / "W_q.pt", run.device
-        )
-    if teacher.method != "reclip":
-        raise ValueError(f"{teacher_path} is a ReCLIP++ checkpoint, and ReCLIP++ has no "
-                         "distillation (its authors removed theirs): give one of ReCLIP's")
-    if teacher.class_names != facts.classes:
-        raise ValueError(f"{teacher_path} was learnt for other classes than {facts.name}'s: "
+def distill(dataset, settings, split, teacher, labels_path, run):
+    """Stage 2: a new student, the loop. teacher: a ReCLIP. -> DeepLabV2 in eval mode"""
+    if teacher.class_names != dataset.classes:
+        raise ValueError(f"the teacher was learnt for other classes than {dataset.name}'s: "
                          f"{', '.join(teacher.class_names)}")
-    student = new_student(teacher, settings, run.seed)
-
-    origin = origin_of(facts, settings, teacher.clip, teacher.prompts, split)
+    student = new_student(teacher, dataset, settings, run.seed)
     with rank_0_first():
-        labels = label_training_set(teacher, split, settings, origin, labels_path, run.workers)
-
-    run.identity |= origin | dataclasses.asdict(settings)
-    run.identity |= {"teacher": teacher.fingerprint(), "recipe": teacher.recipe}
+        labels = label_training_set(teacher, split, settings, labels_path, run.workers)
     return train_distillation(teacher, student, split, labels, settings, run)
 
 
-def print_table(rows, facts, split_name, labelled, settings, workers):
-    """Evaluates models and prints a table in the form of the paper's Tables 2 and 4.
-
-    rows: (title, model, stage, folder of the results, titles of earlier rows to draw beside it).
-    labelled: the split with its truth. settings: datasets.Settings, for the protocols.
-    """
-    lines = []
-    measured = {}  # title: Column
-    for title, model, stage, folder, beside in rows:
-        others = [measured[earlier] for earlier in beside]
-        protocol = find_protocol(settings, stage)
-        dataset = Evaluation(labelled, protocol.long_side, protocol.short_side)
-        result = evaluate_stage(
-            model, stage, facts, split_name, dataset, protocol, folder, others, workers
-        )
-        measured[title] = Column(model, stage, dataset, protocol, result["miou"])
-        lines.append(f"  {title:<28}{100 * result['miou']:5.1f}")
-
-    print(f"\n{facts.name} {split_name}, mIoU")
-    print("\n".join(lines))
-
-
 # --- Command line ---------------------------------------------------------------------------------
-
-# Settings that are one of a few words
-CHOICES = {
-    "reference_norm": ("frobenius", "class"),
-    "pool": ("global", "mask"),
-    "attention": ATTENTIONS,
-    "student": tuple(STUDENTS),
-    "head": HEADS,
-}
-
 
 def make_parser():
     """The options of the command line, without the checks of what fits together."""
@@ -847,41 +760,31 @@ def make_parser():
         help="for your own images: 'cat, dog | puppy, grass', or a file with one class a line")
     add("--root", default="data",
         help="folder that holds VOCdevkit/ or ADEChallengeData2016/ (default: data)")
-    add("--download", action="store_true", help="fetch the data set if it is missing")
     add("--clip", help=f"{', '.join(MODELS)}, or a weights file (default: the data set's)")
+    add("--exact-gelu", action="store_true",
+        help="the CLIP was trained with the exact GELU (LAION's), not with OpenAI's")
     add("--prompts", type=Path,
         help="file with templates of the Query, one a line, {} for the name (default: the data "
         "set's)")
     add("--teacher", type=Path,
         help="rectification that --stage distill learns from (default: <out>/rectify.pt)")
-    add("--out", type=Path,
-        help="where checkpoints go (default: runs/<data>, of reclip++ runs/<data>-reclip++)")
-    add("--resume", action="store_true", help="go on where the same command was stopped")
+    add("--out", type=Path, help="where checkpoints go (default: runs/<data>)")
+    add("--resume", action="store_true",
+        help="go on where the same command was stopped, if there is something to go on with")
+    add("--overwrite", action="store_true", help="replace a finished checkpoint of other settings")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--epochs", type=int,
         help="short for --rectify-epochs, with --stage distill for --distill-epochs")
     add("--device", default=best_device(), help="cpu, cuda, mps (default: the best there is)")
     add("--workers", type=int,
         help="processes that decode images (default: 4 beside a GPU, else 0)")
-    add("--cache", action=argparse.BooleanOptionalAction,
-        help="keep decoded images in memory (default: below 2 GiB)")
     add("--split", help="split of the table of --stage all (default: test of shapes, else val)")
-    add("--recipe", choices=list(RECIPES),
-        help="which of the authors' two, for voc, context and ade20k (default: cvpr2024, the one "
-        "published with the paper's checkpoints)")
-    add("--method", choices=["reclip", "reclip++"], default="reclip",
-        help="with --stage rectify: reclip++, the authors' sequel, implies --recipe 2025 "
-        "(default: reclip, the paper's)")
 
     # Every hyper-parameter is an option too. None means: not given, so the data set's own.
-    group = parser.add_argument_group(
-        "hyper-parameters", "defaults in brackets, by data set, under the default recipe"
-    )
-    for field in dataclasses.fields(Settings):
-        if field.name in ("recipe", "method"):
-            continue
+    group = parser.add_argument_group("hyper-parameters", "defaults in brackets, by data set")
+    for field in (*dataclasses.fields(Options), *dataclasses.fields(Settings)):
         spellings = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
-        kind = {"type": field.type, "choices": CHOICES.get(field.name)}
+        kind = {"type": field.type, "choices": field.metadata["choices"]}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         group.add_argument(*spellings, default=None, help=describe(field), **kind)
@@ -889,76 +792,51 @@ def make_parser():
 
 
 def describe(field):
-    """Help of a setting: what it is, where it is from, and its default by data set."""
-    values = {name: getattr(find_settings(name), field.name) for name in SETTINGS}
-    if len(set(values.values())) == 1:
-        values = {"all": values["voc"]}
-
-    shown = []
-    for name, value in values.items():
-        if isinstance(value, float):
-            value = f"{value:.4g}"
-        shown.append(f"{name} {value}")
+    """Help of a hyper-parameter: what it is, where it is from, its default and the data sets'."""
+    shown = [str(field.default)]
+    for dataset in DATA.values():
+        for recipe in dataset.recipes:
+            values = {"recipe": recipe} | dataset.hyper_parameters(recipe)
+            if values.get(field.name, field.default) != field.default:
+                shown.append(f"{dataset.name} {recipe}: {values[field.name]}")
     return f"{field.metadata['help']} [{', '.join(shown)}]"
 
 
 def parse_arguments(argv=None):
-    """The command line as (args, facts of the data set, settings). ValueError: it does not fit."""
+    """The command line -> (args, DataSet, Options, Settings). ValueError: it does not fit."""
     args = make_parser().parse_args(argv)
-    if args.teacher and args.stage != "distill":
-        raise ValueError("--teacher goes with --stage distill alone")
-    if args.prompts and args.stage == "distill":
-        raise ValueError("--prompts goes with --stage rectify and all; a teacher keeps its texts")
-    if args.method != "reclip" and args.stage != "rectify":
-        raise ValueError(f"--method {args.method} goes with --stage rectify alone")
+    for name, stages in (
+        ("teacher", ["distill"]), ("prompts", ["rectify", "all"]), ("split", ["all"])
+    ):
+        if getattr(args, name) is not None and args.stage not in stages:
+            raise ValueError(f"--{name} goes with --stage {' or '.join(stages)} alone")
 
-    facts = find_facts(args.data, args.classes)
+    dataset = find_dataset(args.data, args.classes)
     if args.prompts:
-        facts = dataclasses.replace(facts, prompts=read_prompts(args.prompts))
-    if args.split and args.stage != "all":
-        raise ValueError("--split goes with --stage all; eval.py evaluates a single stage")
-    if args.stage == "all" and not facts.splits:
+        dataset = dataclasses.replace(dataset, prompts=read_prompts(args.prompts))
+    if args.stage == "all" and not dataset.splits:
         raise ValueError(f"--stage all evaluates, and {args.data} has no labels: use "
                          "--stage rectify or distill")
-    if facts.splits:
-        args.split = args.split or facts.splits[-1]
-    if args.split and not facts.splits:
-        raise ValueError(f"--split {args.split}: your own images have no splits")
-    if args.split and args.split not in facts.splits:
-        raise ValueError(f"--split {args.split}: {args.data} has {', '.join(facts.splits)}")
 
-    changes = {}  # settings that the command line gives
-    for field in dataclasses.fields(Settings):
+    given = {}  # hyper-parameters of the command line
+    for field in (*dataclasses.fields(Options), *dataclasses.fields(Settings)):
         value = getattr(args, field.name)
-        if value is not None and field.name not in ("recipe", "method"):
-            changes[field.name] = value
-    for name in changes:
-        if args.method == "reclip++" and name.startswith("positional"):
-            raise ValueError(f"--{name.replace('_', '-')} goes with ReCLIP's positional net, which "
-                             "ReCLIP++ does not have")
+        if value is not None:
+            given[field.name] = value
     if args.epochs is not None:
         stage = "distill" if args.stage == "distill" else "rectify"
-        changes[f"{stage}_epochs"] = args.epochs
-    settings = find_settings(args.data, args.recipe, args.method, **changes)
-    if args.data != "shapes" and not (settings.crop and settings.distill_crop):
-        raise ValueError("--crop 0 and --distill-crop 0 need images of one size; those of "
-                         f"{args.data} differ")
+        given[f"{stage}_epochs"] = args.epochs
+    options, settings = hyper_parameters(dataset, given.pop("recipe", None), **given)
 
     if args.workers is None:
         args.workers = 4 if args.device.startswith("cuda") else 0
-    if args.out is None:
-        args.out = Path("runs") / Path(args.data).resolve().name
-        if args.method == "reclip++":
-            args.out = args.out.with_name(f"{args.out.name}-reclip++")
-    if args.teacher is None:
-        args.teacher = args.out / "rectify.pt"
-
-    check_device(args.device)
-    return args, facts, settings
+    args.out = args.out or Path("runs") / Path(args.data).resolve().name
+    args.teacher = args.teacher or args.out / "rectify.pt"
+    return args, dataset, options, settings
 
 
-def find_facts(data, classes):
-    """Facts of the data set that --data names, or of your own folder of images with --classes."""
+def find_dataset(data, classes):
+    """The DataSet that --data names, or that of your own folder of images with --classes."""
     if data in DATA:
         if classes:
             raise ValueError(f"--classes goes with your own images; {data} has its own classes")
@@ -969,7 +847,7 @@ def find_facts(data, classes):
     if not classes:
         raise ValueError(f"--data {data} needs --classes 'cat, dog, grass', or a file with one "
                          "class a line")
-    return own_facts(data, read_classes(classes))
+    return own_images(data, read_classes(classes))
 
 
 def join_processes(stage, device):
@@ -995,7 +873,7 @@ def join_processes(stage, device):
 
 
 def main(argv=None):
-    args, facts, settings = parse_arguments(argv)
+    args, dataset, options, settings = parse_arguments(argv)
 
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
@@ -1005,69 +883,78 @@ def main(argv=None):
     if "TORCHELASTIC_RUN_ID" in os.environ:
         args.device = join_processes(args.stage, args.device)
 
-    split = open_training_images(args.data, args.root, args.download, args.cache, args.workers)
+    split = open_split(args.data, args.root, "train")
+    if args.stage == "all":
+        split_name = args.split or dataset.splits[-1]
+        labelled = open_split(args.data, args.root, split_name)  # missing? Then that is said now
     labels_path = args.out / "image_labels.json"  # one file for all: nothing learnt goes into them
-    run_options = (args.seed, args.resume, args.device, args.workers)
-    rectification = Run("rectify", args.out, {}, *run_options)
-    distillation = Run("distill", args.out, {}, *run_options)
+    run_of = partial(
+        Run,
+        seed=args.seed,
+        device=args.device,
+        workers=args.workers,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
+    clip = None
+    if args.clip or args.stage != "distill":
+        clip = load_clip(args.clip or dataset.clip, args.device, not args.exact_gelu)
 
-    if args.stage == "rectify":
-        rectify_stage(facts, settings, split, args.clip, labels_path, rectification)
-    elif args.stage == "distill":
-        distill_stage(
-            facts, settings, split, args.clip, args.teacher, labels_path, distillation, args.recipe
-        )
+    if args.stage == "distill":
+        teacher = ReCLIP.load(args.teacher, clip, args.device)
+        distill(dataset, settings, split, teacher, labels_path, run_of("distill", args.out))
+    elif args.stage == "rectify":
+        rectify(dataset, options, settings, split, clip, labels_path, run_of("rectify", args.out))
     else:
         # The second row of the table: the Reference without the positional net.
-        without_positional = dataclasses.replace(settings, positional_channels=0)
-        reference_only = Run("rectify", args.out / "reference_only", {}, *run_options)
+        no_positional = dataclasses.replace(options, positional_channels=0)
+        run = run_of("rectify", args.out / "reference_only")
+        reference_only = rectify(dataset, no_positional, settings, split, clip, labels_path, run)
 
-        # With --resume, a run that had not been begun has no state: it begins now.
-        for run in (reference_only, rectification, distillation):
-            run.resume = run.resume and run.state_path.is_file()
+        run = run_of("rectify", args.out)
+        model = rectify(dataset, options, settings, split, clip, labels_path, run)
 
-        reference_model = rectify_stage(
-            facts, without_positional, split, args.clip, labels_path, reference_only
-        )
-        model = rectify_stage(facts, settings, split, args.clip, labels_path, rectification)
-        student = distill_stage(
-            facts, settings, split, args.clip, args.teacher, labels_path, distillation
-        )
-
-        # CLIP itself: with --query-learnable the M_q of `model` is no longer CLIP's.
-        plain = plain_clip(facts, model.clip, settings.attention, settings.recipe)
+        run = run_of("distill", args.out)
+        student = distill(dataset, settings, split, model, labels_path, run)
 
         # Only here is truth read, to measure what has been learnt.
-        labelled = open_split(args.data, args.root, args.split, args.download)
-        clip_row = "MaskCLIP (Query only)"
-        both_row = "+ Reference + positional"
+        plain = plain_clip(clip, dataset, options.recipe, model.W_q)
+        plain.protocol = model.protocol
         rows = [
-            (clip_row, plain, "clip", args.out, []),
-            ("+ Reference", reference_model, "rectify", reference_only.out, []),
-            (both_row, model, "rectify", args.out, [clip_row]),
-            ("distilled", student, "distill", args.out, [clip_row, both_row]),
+            ("MaskCLIP (Query only)", plain, args.out),
+            ("+ Reference", reference_only, args.out / "reference_only"),
+            ("+ Reference + positional", model, args.out),
+            ("distilled", student, args.out),
         ]
-        print_table(rows, facts, args.split, labelled, settings, args.workers)
+        print_table(rows, dataset, labelled, split_name, args.workers)
         print(f"masks: {args.out / 'eval_distill.png'}")
 
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def print_table(rows, dataset, labelled, split_name, workers):
+    """Evaluates models and prints a table in the form of the paper's Tables 2 and 4.
+
+    rows: (title, model, folder of its results). labelled: the split with its truth.
+    In the image of examples the masks of all rows so far stand side by side.
+    """
+    lines = []
+    beside = []  # (model, miou) of the rows so far
+    for title, model, folder in rows:
+        result = evaluate_split(model, dataset, labelled, split_name, folder, beside, workers)
+        beside.append((model, result["miou"]))
+        lines.append(f"  {title:<28}{100 * result['miou']:5.1f}")
+
+    print(f"\n{dataset.name} {split_name}, mIoU")
+    print("\n".join(lines))
+
+
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # names in a script that the terminal cannot print
     try:
         main()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"train.py: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped, and if a state was saved, the same command with --resume goes "
-                 "on from it")
-    except RuntimeError as error:
-        if not dist.is_initialized():
-            raise
-        print(f"train.py: process {dist.get_rank() + 1} failed or lost another one "
-              f"({str(error).splitlines()[0]}); start all again with --resume", file=sys.stderr)
-        # Not sys.exit: taking down a group that has lost a member, gloo may abort the process.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        sys.exit("train.py: stopped; the same command with --resume goes on from the last epoch")

@@ -10,7 +10,6 @@ What is measured
                     2025 (VOC 336, Context 480, ADE20K 512). "Plain" computes what the released code
                     computes: loss and gradients are the same. Besides, the FLOP/s of our step and
                     of our image encoder, as a share of a large matrix product's
-    sequel          one training step of ReCLIP++ beside ReCLIP's, on VOC's crops
     evaluation      image file -> mask at the size of the truth, VOC under the recipe 2025
     data            image file -> augmented crop
     distillation    one training step of ResNet-101 on 512 x 512: 2 images on a CPU, 16 on a GPU
@@ -21,7 +20,7 @@ How
     Memory: each rival's first two steps in a fresh process: the peak (VmHWM, reset through
     /proc/self/clear_refs; ru_maxrss would be inherited from the parent) less what was held
     before. A tiny step goes first, so that the libraries' own pages do not count. On a GPU: what
-    torch has allocated.
+    torch has allocated. (/proc is Linux's; elsewhere memory on the CPU is nan.)
 
 Why ours is faster and smaller
     - The texts of all classes begin alike: [SOT] v_1 .. v_L. This prefix is encoded once, and
@@ -51,18 +50,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip_model import CLIP, Tokenizer, normalize_pixels, written_atomically  # noqa: E402
-from datasets import DATA, Augment, Evaluation, Files, TrainingStream, find_settings  # noqa: E402
+from datasets import DATA, Evaluation, Files  # noqa: E402
 from deeplab import DeepLabV2  # noqa: E402
-from eval import check_device, find_protocol, predict_mask  # noqa: E402
-from extras.pretrain import learn_merges  # noqa: E402
+from eval import Protocol, predict_mask  # noqa: E402
+from extras.pretrain import initialize, learn_merges  # noqa: E402
 from reclip import (  # noqa: E402
     ReCLIP,
-    ReCLIPPlusPlus,
     bias_logits,
     contrastive_loss,
     distillation_loss,
@@ -74,13 +71,14 @@ from reclip import (  # noqa: E402
     segmentation_logits,
     text_guided_loss,
 )
+from train import hyper_parameters, require_finite, training_stream  # noqa: E402
 
 # data set -> side of the crop; image-level labels of an image (mean, as released);
 # targets on one CPU thread: times faster, times smaller
 SIZES = {"voc": (336, 2, 3.4, 6), "context": (480, 23, 4.7, 13), "ade20k": (512, 44, 11, 20)}
 SHARES = {"step": .75, "image encoder": .85}  # targets, of the matrix product's FLOP/s
 PARTS = (
-    "image encoder", "text encoder", "positional net", "loss", "backward", "optimiser", "step"
+    "image encoder", "text encoder", "positional net", "loss", "backward", "optimizer", "step"
 )
 
 
@@ -106,9 +104,8 @@ TINY = {  # those of shapes
 }
 
 
-def build_model(names, quick, device, method=ReCLIP):
-    """A ReCLIP or its sequel in training, the same weights at every call: ViT-B/16's sizes; quick:
-    tiny ones.
+def build_model(names, quick, device):
+    """A ReCLIP in training, the same weights at every call: ViT-B/16's sizes; quick: tiny ones.
 
     Its vocabulary is made of the class names' own words, each of them one token, as nearly all
     are in OpenAI's. So nothing needs to be downloaded, and texts are as long as in earnest.
@@ -118,12 +115,12 @@ def build_model(names, quick, device, method=ReCLIP):
     tokenizer = Tokenizer(learn_merges(words))
     sizes = TINY if quick else VIT_B_16
     clip = CLIP(context_length=77, vocab_size=len(tokenizer.ids), **sizes)
-    clip = clip.reset_parameters().to(device)
+    clip = initialize(clip).to(device)
     clip.tokenizer = tokenizer
 
     # At random, for 85 prompts of each class would take minutes.
     W_q = torch.randn(len(names), clip.text_projection.shape[1], device=device)     # (C, D)
-    return method(clip, names, W_q=F.normalize(W_q, dim=-1), tau=0.01).train()
+    return ReCLIP(clip, names, W_q=F.normalize(W_q, dim=-1), recipe="2025", tau=0.01).train()
 
 
 # --- One step of rectification, ours --------------------------------------------------------------
@@ -147,8 +144,8 @@ def our_loss(model, Z, labels, lap):
 
     M_b = bias_logits(segmentation_logits(Z, W_r), M_p)                 # (B, C, h, w)
     M = rectify_logits(segmentation_logits(Z, W_q), M_b)                # (B, C, h, w)
-    masks = gumbel_softmax_masks(M, model.tau_1)                        # (B, C, h, w)
-    pooled = masked_features(Z, masks, model.pool)                      # (B, C, D)
+    masks = gumbel_softmax_masks(M, model.options.tau_1)                # (B, C, h, w)
+    pooled = masked_features(Z, masks, model.options.pool)              # (B, C, D)
     loss = contrastive_loss(pooled, model.W_q, labels, model.tau)
     lap("loss")
     return loss
@@ -239,7 +236,7 @@ def plain_loss(model, Z, labels, lap):
 
     M_q = torch.einsum("bdhw,cd->bchw", Z, model.W_q)                   # (B, C, h, w)
     M_r = torch.einsum("bdhw,cd->bchw", Z, W_r)                         # (B, C, h, w)
-    masks = F.gumbel_softmax((M_q - (M_r + M_p)) / model.tau_1, hard=True, dim=1)
+    masks = F.gumbel_softmax((M_q - (M_r + M_p)) / model.options.tau_1, hard=True, dim=1)
 
     losses = []
     for z, mask, row in zip(Z, masks, labels):
@@ -294,10 +291,10 @@ class Step:
         self.optimizer.zero_grad()
         loss.backward()
         self.lap("backward")
-        nn.utils.clip_grad_norm_(self.parameters, math.inf)  # measured, not clipped, as in train.py
+        require_finite(loss, self.parameters, self.steps, ["noise"])
         self.loss = loss.item()
         self.optimizer.step()
-        self.lap("optimiser")
+        self.lap("optimizer")
         return self.times | {"step": sum(self.times.values())}
 
 
@@ -328,6 +325,9 @@ def extra_memory(job):
         job()
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
+    if sys.platform != "linux":
+        job()
+        return math.nan
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
     before = process_status("VmRSS")
     job()
@@ -436,46 +436,14 @@ def rectification(data, quick, device, repeat):
     }
 
 
-def sequel(quick, device, repeat):
-    """One training step of either method on one image of VOC's size: {name: seconds}."""
-    names = DATA["voc"].classes
-    crop = 64 if quick else SIZES["voc"][0]
-    images = torch.rand(1, 3, crop, crop, device=device)
-    labels = torch.arange(len(names), device=device)[None] < 2          # (1, C)
-
-    models = {}
-    optimizers = {}
-    for name, method in (("ReCLIP", ReCLIP), ("ReCLIP++", ReCLIPPlusPlus)):
-        models[name] = build_model(names, quick, device, method)
-        learnt = [p for p in models[name].parameters() if p.requires_grad]
-        optimizers[name] = torch.optim.SGD(learnt, 0.01, 0.9, weight_decay=5e-4)
-
-    def step(name):
-        model = models[name]
-        Z = model.features(images)
-        masks = gumbel_softmax_masks(model.rectify(Z).rectified, model.tau_1)
-        loss = contrastive_loss(masked_features(Z, masks), model.W_q, labels, model.tau)
-        optimizers[name].zero_grad()
-        loss.backward()
-        optimizers[name].step()
-
-    times = defaultdict(list)
-    for round_ in range(repeat + 1):
-        for name in models:
-            seconds = seconds_of(step, name)
-            if round_ > 0:  # the first does not count
-                times[name].append(seconds)
-    return {name: minimum_and_median(values) for name, values in times.items()}
-
-
 def files(quick, device, repeat, count=4):
     """Evaluation and the data pipeline, on smooth JPEGs of 500 x 375: seconds per image."""
-    facts = DATA["voc"]
-    model = build_model(facts.classes, quick, device).eval()
-    settings = find_settings("voc", "2025")
-    if quick:
-        settings = find_settings("voc", "2025", rectify_short_side=64)
-    protocol = find_protocol(settings, "rectify")
+    voc = DATA["voc"]
+    model = build_model(voc.classes, quick, device).eval()
+    given = {"rectify_short_side": 64} if quick else {}
+    _, settings = hyper_parameters(voc, "2025", **given)
+    sides = (settings.rectify_long_side, settings.rectify_short_side)
+    protocol = Protocol(*sides, denoise=settings.denoise)
 
     with tempfile.TemporaryDirectory() as folder:
         jpegs = [Path(folder, f"{i}.jpg") for i in range(count)]
@@ -485,16 +453,13 @@ def files(quick, device, repeat, count=4):
             noise.convert("RGB").save(jpeg, quality=90)
             Image.new("L", (500, 375), 1).save(png)
         split = Files(jpegs, pngs, range(1, 21))
-        dataset = Evaluation(split, protocol.long_side, protocol.short_side)
-        augment = Augment(
-            settings.rectify_long_side, settings.rectify_short_side, settings.crop, antialias=False
-        )
-        stream = TrainingStream(split, augment, seed=0)
+        pairs = Evaluation(split, *sides)
+        stream = training_stream(split, sides, settings.crop, settings, seed=0)
 
         def evaluate():
             for i in range(count):
-                image, truth, _ = dataset[i]
-                predict_mask(model, "rectify", image, truth.shape, protocol)
+                image, truth, _ = pairs[i]
+                predict_mask(model, image, truth.shape, protocol)
 
         def load():
             for i in range(count):
@@ -533,21 +498,21 @@ def distillation(quick, device, repeat):
     def step():
         with torch.no_grad():
             taught = teacher(images, valid)
-            pseudo_labels = teacher.to_pixels(taught.rectified, crop, crop).argmax(1)   # (B, H, W)
+            teacher_masks = teacher.to_pixels(taught.rectified, crop, crop).argmax(1)   # (B, H, W)
 
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-            answer = student(images, valid)
-            mask_loss = mask_guided_loss(
-                answer.rectified, pseudo_labels, teacher.tau, student.to_pixels
-            )
-            feature_loss = feature_guided_loss(
-                taught.features, answer.features, valid, teacher.to_pixels, student.to_pixels
-            )
-            text_loss = text_guided_loss(
-                answer.rectified, answer.features, teacher.W_q, labels,
-                teacher.tau_1, teacher.tau, teacher.pool,
-            )
-            loss = distillation_loss(mask_loss, feature_loss, text_loss)
+            Z_student = student.features(images, valid)                 # (B, D, h', w')
+        M_student = student.rectify(Z_student).rectified                # (B, C, h', w')
+
+        mask_loss = mask_guided_loss(M_student, teacher_masks, teacher.tau, student.to_pixels)
+        feature_loss = feature_guided_loss(
+            taught.features, Z_student, valid, teacher.to_pixels, student.to_pixels
+        )
+        text_loss = text_guided_loss(
+            M_student, Z_student, teacher.W_q, labels,
+            teacher.options.tau_1, teacher.tau, teacher.options.pool,
+        )
+        loss = distillation_loss(mask_loss, feature_loss, text_loss)
 
         optimizer.zero_grad()
         loss.backward()
@@ -555,7 +520,7 @@ def distillation(quick, device, repeat):
 
     memory = extra_memory(step)
     seconds = [seconds_of(step) for _ in range(repeat)]
-    return {"pictures": B, "extra_MiB": memory, "seconds": minimum_and_median(seconds)}
+    return {"images": B, "extra_MiB": memory, "seconds": minimum_and_median(seconds)}
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -605,9 +570,6 @@ def main(argv=None):
     add("--quick", action="store_true",
         help="VOC alone, tiny networks, one round: to see that it works")
     args = parser.parse_args(argv)
-    check_device(args.device)
-    if args.threads < 1 or args.repeat < 1:
-        raise ValueError("--threads and --repeat must be 1 or more")
 
     torch.set_num_threads(args.threads)
     Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
@@ -626,23 +588,17 @@ def main(argv=None):
         report["rectification"][data] = rectification(data, *how)
         print_rectification(data, report["rectification"][data])
 
-    report["sequel"] = sequel(*how)
-    times = {name: report["sequel"][name]["min"] for name in ("ReCLIP", "ReCLIP++")}
-    print(f"step of ReCLIP {1e3 * times['ReCLIP']:.0f} ms, of ReCLIP++ "
-          f"{1e3 * times['ReCLIP++']:.0f} ms: "
-          f"{times['ReCLIP++'] / times['ReCLIP']:.2f} times as long")
-
     report |= files(*how)
     for name in ("evaluation", "data"):
         print(f"{name}: {1 / report[name]['min']:.1f} images/s")
 
     result = in_fresh_process(distillation, args.quick, args.device, min(2, repeat))
     report["distillation"] = result
-    print(f"distillation: {result['seconds']['min']:.2f} s a step of {result['pictures']} images, "
+    print(f"distillation: {result['seconds']['min']:.2f} s a step of {result['images']} images, "
           f"{result['extra_MiB']:.0f} MiB")
 
     with written_atomically(args.json) as temporary:
-        temporary.write_text(json.dumps(report, indent=1))
+        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

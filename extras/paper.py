@@ -13,9 +13,8 @@ stopped. In <out>/paper (by default runs/shapes/paper) it leaves
     figure1a.png             mIoU by the distance of the object from the center of the image
     figure1b.png             confusion matrices of the classes that CLIP confuses most
     figure3.png              heat maps of M_q, M_r, M_p and M
-    plan.json                which rows there are, of how many seeds, of which CLIP
-    seed0/both/ ...          of each row the checkpoint, training.json (from what it was trained)
-                             and result.json (what was measured)
+    seed0/both/ ...          of each row the checkpoint, result.json (what was measured) and
+                             training.json (how long the training took)
 
 Made again from the same checkpoints, all these files are the same to the byte. On another processor
 the last digits differ, and training amplifies them: to see by how much, hold torch's libraries to
@@ -23,7 +22,8 @@ another instruction set, with ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=A
 ONEDNN_MAX_CPU_ISA=AVX2 in the environment.
 
 What stands here
-    ROWS, TABLES             every row: what is trained, which settings differ, the paper's numbers
+    ROWS, TABLES             every row: what is trained, which numbers differ, the paper's mIoU
+    sclip, clearclip, naclip CLIP's last block as later papers read it, in place of MaskCLIP's way
     ConstantBias             a control: one number per class in the place of the positional net
     train_row                a row with train.py's two loops, in a process of its own
     linear_classification    Table 1's "LC": how good are the student's features? (with labels)
@@ -35,19 +35,16 @@ What stands here
 Only linear_classification trains something with labels, by its very definition, and nothing else
 uses what it makes. Everywhere else labels are read to evaluate, and never to train.
 
-Symbols: C classes, D width of CLIP's joint space; (H, W) size of an image, (H0, W0) of its truth
-(pixel labels), h x w patches.
+Symbols: B images, C classes, D width of CLIP's joint space, E of its image tower; (H, W) size of an
+image, (H0, W0) of its truth (pixel labels), h x w patches, n = h * w.
 """
 
 import argparse
 import csv
-import dataclasses
-import hashlib
 import json
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -65,40 +62,42 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from clip_model import load_clip, written_atomically  # noqa: E402  (the path comes first)
-from datasets import (  # noqa: E402
-    DATA,
-    IGNORE,
-    DataFacts,
-    Evaluation,
-    Settings,
-    Thumbnails,
-    find_settings,
-    open_split,
+from clip_model import (  # noqa: E402  (the path comes first)
+    KEY,
+    QUERY,
+    VALUE,
+    load_clip,
+    maskclip,
+    tensors_sha256,
+    written_atomically,
 )
+from datasets import DATA, IGNORE, DataSet, Evaluation, Thumbnails, open_split  # noqa: E402
 from deeplab import DeepLabV2  # noqa: E402
 from eval import (  # noqa: E402
     FONT,
     GREY,
     INK,
     WHITE,
-    check_device,
+    Protocol,
+    best_device,
     color_mask,
     confusion_matrix,
-    find_protocol,
+    plain_clip,
     predict_mask,
     predict_split,
+    protocol_of,
+    rectify_protocol,
     scores,
     with_legend,
 )
-from reclip import FROZEN, PROMPTS, RECIPES, ReCLIP  # noqa: E402
+from extras import plusplus  # noqa: E402
+from reclip import RECIPES, ReCLIP, read_checkpoint  # noqa: E402
 from train import (  # noqa: E402
     Run,
+    distill,
+    hyper_parameters,
     label_training_set,
     new_reclip,
-    new_student,
-    origin_of,
-    train_distillation,
     train_rectification,
 )
 
@@ -110,18 +109,21 @@ from train import (  # noqa: E402
 #   clip      nothing is learnt: plain CLIP, in one of its attention variants
 #   mean      nothing is learnt: a control, the mean logit of each class subtracted
 #   rectify   stage 1 of the paper
+#   reclip++  the authors' sequel
 #   distill   stage 2, from the row "both"
 #   linear    a linear classifier on the features of the row "distilled"
-STAGES = ("clip", "mean", "rectify", "distill", "linear")
+STAGES = ("clip", "mean", "rectify", "reclip++", "distill", "linear")
+LEARNING = ("rectify", "reclip++", "distill")
 
 
 class Row(NamedTuple):
     title: str
     stage: str          # one of STAGES
-    changes: dict = {}  # settings that differ from the data set's own
+    changes: dict = {}  # fields of reclip.Options and train.Settings, where they differ
     # The paper's mIoU on VOC, Context, ADE20K (the sequel's own, of "plusplus"); None: not given
     paper: tuple = (None, None, None)
     control: str = ""   # "one number": ConstantBias; "other labels": those of other images
+    attention: str = "maskclip"  # a key of ATTENTIONS
 
 
 NO_POSITIONAL = {"positional_channels": 0}
@@ -164,8 +166,9 @@ ROWS = {
     "added": Row("bias added, not subtracted", "rectify", {"subtract": False}, (57.8, 24.9, None)),
 
     # The authors' sequel, which is not in the paper
-    "plusplus": Row("ReCLIP++, the sequel (quoted: its authors)", "rectify",
-                    {"method": "reclip++"}, (85.4, 36.1, 16.4)),
+    "plusplus": Row(
+        "ReCLIP++, the sequel (quoted: its authors)", "reclip++", paper=(85.4, 36.1, 16.4)
+    ),
 
     # Controls (ours): each could explain the gain in a simpler way than the paper does
     "one_number": Row(
@@ -194,12 +197,12 @@ ROWS = {
     "loss_feature": Row("mask + feature loss", "distill", {"beta": 0.0}, (74.1, None, None)),
 
     # Attention variants of CLIP's last block that came after the paper (ours)
-    "sclip": Row("sclip", "clip", {"attention": "sclip"}),
-    "clearclip": Row("clearclip", "clip", {"attention": "clearclip"}),
-    "naclip": Row("naclip", "clip", {"attention": "naclip"}),
-    "sclip_rectified": Row("sclip, rectified", "rectify", {"attention": "sclip"}),
-    "clearclip_rectified": Row("clearclip, rectified", "rectify", {"attention": "clearclip"}),
-    "naclip_rectified": Row("naclip, rectified", "rectify", {"attention": "naclip"}),
+    "sclip": Row("sclip", "clip", attention="sclip"),
+    "clearclip": Row("clearclip", "clip", attention="clearclip"),
+    "naclip": Row("naclip", "clip", attention="naclip"),
+    "sclip_rectified": Row("sclip, rectified", "rectify", attention="sclip"),
+    "clearclip_rectified": Row("clearclip, rectified", "rectify", attention="clearclip"),
+    "naclip_rectified": Row("naclip, rectified", "rectify", attention="naclip"),
 }
 
 # name of the CSV -> title, rows in order
@@ -235,99 +238,140 @@ TABLES = {
 }
 
 
-class Plan(NamedTuple):
-    """What a report is made of; kept in plan.json."""
-    rows: dict        # {name: Row}
-    tables: dict      # {name of the CSV: (title, names of rows)}
-    seeds: int        # of each row that learns
-    clip_sha256: str
+def chosen_rows(options, rectification_only):
+    """{name: Row}: ROWS, or what of them can be had without a student.
 
-
-def make_plan(settings, rectification_only, seeds, clip_sha256):
-    """ROWS and TABLES, or what of them can be had without a student.
-
-    settings: the data set's own. The rows "shared" and "per class" ask what the other kind of
+    options: the data set's own. The rows "shared" and "per class" ask what the other kind of
         prompt would bring; those of its own kind would be earlier rows once more.
     """
-    stages = STAGES
-    if rectification_only:
-        stages = ("clip", "mean", "rectify")
-
     rows = {}
     for name, row in ROWS.items():
-        own_kind = row.changes.get("prompt_per_class") == settings.prompt_per_class
-        if row.stage in stages and not own_kind:
+        needs_student = row.stage in ("distill", "linear")
+        own_kind = row.changes.get("prompt_per_class") == options.prompt_per_class
+        if not own_kind and not (rectification_only and needs_student):
             rows[name] = row
+    return rows
 
+
+def chosen_tables(rows):
+    """TABLES, with those of their rows that are there; a table of one row compares nothing."""
     tables = {}
     for key, (title, names) in TABLES.items():
         left = [name for name in names if name in rows]
-        if len(left) > 1:  # a table of one row compares nothing
+        if len(left) > 1:
             tables[key] = (title, left)
-    return Plan(rows, tables, seeds, clip_sha256)
-
-
-def write_plan(plan, path):
-    """plan.json: --report-only then shows the rows that were made, whatever ROWS says by then."""
-    rows = {name: row._asdict() for name, row in plan.rows.items()}
-    with written_atomically(path) as temporary:
-        temporary.write_text(json.dumps(plan._asdict() | {"rows": rows}, indent=1))
-
-
-def read_plan(path):
-    """What write_plan wrote; FileNotFoundError if nothing has been made yet."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run python extras/paper.py first, without "
-                                "--report-only")
-    try:
-        content = json.loads(path.read_text())
-        rows = {name: Row(**row) for name, row in content["rows"].items()}
-        return Plan(**(content | {"rows": rows}))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or of another version: run python extras/paper.py "
-                         "without --report-only") from error
-
-
-def seeds_of(row, plan):
-    """The seeds that a row is made with: one where nothing is random, for nothing is learnt."""
-    if row.stage in ("clip", "mean"):
-        return range(1)
-    return range(plan.seeds)
+    return tables
 
 
 class Experiment(NamedTuple):
     """What all rows have in common."""
-    facts: DataFacts
-    settings: Settings   # the data set's own; rows change some
-    sequel: Settings     # of the row with ReCLIP++
+    dataset: DataSet
+    recipe: str
+    epochs: int          # of every training; None: the data set's own
     root: str            # where the data set lies
     clip: str            # name or file of CLIP's weights
-    origin: dict         # what ReCLIP's image-level labels depend on (train.origin_of)
+    clip_identity: str   # CLIP.identity() of it
     out: Path            # runs/<data>
     split: str           # that is evaluated
+    rows: dict           # {name: Row}
+    seeds: int           # of each row that learns
     device: str
     workers: int         # processes that decode images
+
+    def seeds_of(self, row):
+        """The seeds that a row is made with: one where nothing is random, for nothing is learnt."""
+        if row.stage in ("clip", "mean"):
+            return range(1)
+        return range(self.seeds)
 
     def row_folder(self, name, seed):
         """Where checkpoint, training.json and result.json of a row lie."""
         return self.out / "paper" / f"seed{seed}" / name
 
-    def settings_of(self, row):
-        """The Settings that a row is trained with."""
-        settings = self.settings
-        if row.changes.get("method") == "reclip++":
-            settings = self.sequel
-        return dataclasses.replace(settings, **row.changes)
-
-    def protocol_of(self, row):
-        """A Protocol: students are evaluated at the distillation's sides, all else at stage 1's."""
-        stage = "distill" if row.stage in ("distill", "linear") else "rectify"
-        return find_protocol(self.settings_of(row), stage)
+    def changes_of(self, row):
+        """{name: value} of the hyper-parameters in which a row differs from the data set's own."""
+        changes = dict(row.changes)
+        if self.epochs:
+            changes |= {"rectify_epochs": self.epochs, "distill_epochs": self.epochs}
+        return changes
 
     def labelled(self, split_name, protocol):
         """Images of a split with their truth."""
-        split = open_split(self.facts.name, self.root, split_name)
+        split = open_split(self.dataset.name, self.root, split_name)
         return Evaluation(split, protocol.long_side, protocol.short_side)
+
+
+# --- Attention variants ---------------------------------------------------------------------------
+
+# How later papers on segmentation read CLIP's last block: functions like clip_model.maskclip, for
+# ReCLIP(attention=...). They keep attention, but between vectors of one kind. A patch then reads
+# mostly itself and the patches that look like it, so it averages over its own object. The class
+# token is read like a patch, but it reads nothing: only patches are wanted.
+#
+# block: CLIP's last ResidualAttentionBlock. tokens: (B, 1 + n, E), the class token first.
+# size: (h, w) of the grid of patches. -> (B, n, E)
+
+def sclip(block, tokens, size):
+    """SCLIP (Wang et al., ECCV 2024): queries are compared with queries, keys with keys, and what
+    both read is added."""
+    y = block.ln_1(tokens)
+    q = block.attn.project(y, QUERY)                            # (B, heads, 1 + n, E / heads)
+    k = block.attn.project(y, KEY)
+    v = block.attn.project(y, VALUE)
+
+    by_queries = F.scaled_dot_product_attention(q[:, :, 1:], q, v)
+    by_keys = F.scaled_dot_product_attention(k[:, :, 1:], k, v)
+    x = tokens[:, 1:] + block.attn.join_heads(by_queries + by_keys)
+    return x + block.mlp(block.ln_2(x))
+
+
+def clearclip(block, tokens, size):
+    """ClearCLIP (Lan et al., ECCV 2024): queries with queries; no residual, no MLP.
+
+    Its finding: what the residual carries is mostly noise for segmentation.
+    """
+    y = block.ln_1(tokens)
+    q = block.attn.project(y, QUERY)                            # (B, heads, 1 + n, E / heads)
+    v = block.attn.project(y, VALUE)
+
+    by_queries = F.scaled_dot_product_attention(q[:, :, 1:], q, v)
+    return block.attn.join_heads(by_queries)
+
+
+def naclip(block, tokens, size):
+    """NACLIP (Hajimiri et al., "Pay Attention to Your Neighbours", WACV 2025) in its "reduced"
+    form: keys with keys, near ones more; no residual, no MLP."""
+    y = block.ln_1(tokens)
+    k = block.attn.project(y, KEY)                              # (B, heads, 1 + n, E / heads)
+    v = block.attn.project(y, VALUE)
+
+    bonus = nearness(*size, v)                                  # (n, 1 + n)
+    by_keys = F.scaled_dot_product_attention(k[:, :, 1:], k, v, attn_mask=bonus)
+    return block.attn.join_heads(by_keys)
+
+
+def nearness(h, w, like, std=5.0):
+    """What NACLIP adds to the attention logits, so that patches read their neighbors more.
+
+        exp(-d^2 / (2 std^2))    for two patches that lie d patches apart; 0 for the class token
+
+    h, w: size of the grid of patches.
+    like: a tensor of the dtype and on the device wanted.
+    std: in patches; 5 is NACLIP's released value.
+    -> (n, 1 + n), a row per patch that reads; first column: the class token
+    """
+    y = torch.arange(h, dtype=like.dtype, device=like.device)
+    x = torch.arange(w, dtype=like.dtype, device=like.device)
+
+    # d^2 = dy^2 + dx^2, so the Gaussian of d is a Gaussian of dy times one of dx. The Kronecker
+    # product multiplies every pair of them, in the order in which the grid is flattened.
+    of_rows = torch.exp(-(y[:, None] - y).square() / (2 * std ** 2))        # (h, h)
+    of_columns = torch.exp(-(x[:, None] - x).square() / (2 * std ** 2))     # (w, w)
+    patches = torch.kron(of_rows, of_columns)                               # (n, n)
+    return F.pad(patches, (1, 0))                                           # (n, 1 + n)
+
+
+ATTENTIONS = {"maskclip": maskclip, "sclip": sclip, "clearclip": clearclip, "naclip": naclip}
 
 
 # --- Training a row -------------------------------------------------------------------------------
@@ -352,64 +396,40 @@ class ConstantBias(nn.Module):
         return self.gain * self.numbers[:, None, None].expand(1, -1, h, w)
 
 
-def train_row(experiment, row, name, seed):
-    """Trains a row, unless it is there already, with the settings that are asked for now."""
-    if row.stage not in ("rectify", "distill"):
-        return
+def train_row(experiment, name, seed):
+    """Trains a row, unless it is there. One that was stopped goes on, with the same result.
+
+    Errors: ValueError (of Run) if it was begun with other numbers than are asked for now.
+    """
+    row = experiment.rows[name]
     folder = experiment.row_folder(name, seed)
-    settings = experiment.settings_of(row)
-    teacher_path = experiment.row_folder("both", seed) / "rectify.pt"
+    device = experiment.device
+    changes = experiment.changes_of(row)
+    options, settings = hyper_parameters(experiment.dataset, experiment.recipe, **changes)
+    split = open_split(experiment.dataset.name, experiment.root, "train")
+    clip = load_clip(experiment.clip, device)
+    labels_path = experiment.out / "image_labels.json"  # one for all: nothing learnt goes into it
 
-    # What the row is made from. A checkpoint that was made from something else does not count.
-    identity = experiment.origin | dataclasses.asdict(settings) | {"control": row.control}
-    if row.stage == "distill":
-        identity["teacher"] = fingerprint_of(teacher_path)
-
-    record_path = folder / "training.json"
-    known = read_json(record_path)
-    begun = known is not None and known.get("identity") == identity
-    if begun and known["finished"]:
-        return
-
-    # A row that was stopped goes on from its last saved step, with the same result to the bit.
-    resume = begun and (folder / f"{row.stage}_state.pt").is_file()
-    write_json(record_path, {"identity": identity, "finished": False, "seconds": None})
-
+    run = Run(row.stage, folder, seed, device, experiment.workers, resume=True)
+    is_new = not run.checkpoint.is_file()
     began = time.perf_counter()
-    split = open_split(experiment.facts.name, experiment.root, "train")
-    clip = load_clip(experiment.clip, experiment.device)
-    run = Run(row.stage, folder, identity, seed, resume, experiment.device, experiment.workers)
-    if row.stage == "rectify":
-        model = new_reclip(clip, experiment.facts, settings, seed)
+    if row.stage == "distill":
+        teacher = ReCLIP.load(experiment.row_folder("both", seed) / "rectify.pt", clip)
+        distill(experiment.dataset, settings, split, teacher, labels_path, run)
+    elif row.stage == "reclip++":
+        plusplus.train(experiment.dataset, split, clip, run, **changes)
+    else:
+        model = new_reclip(clip, experiment.dataset, options, settings, seed)
+        model.attention = ATTENTIONS[row.attention]
         if row.control == "one number":
-            model.positional = ConstantBias(len(model.class_names)).to(experiment.device)
-        labels = image_labels(experiment, model, split, settings)
+            model.positional = ConstantBias(len(model.class_names)).to(device)
+        labels = label_training_set(model, split, settings, labels_path, experiment.workers)
         if row.control == "other labels":
             labels = shuffled(labels, split.names, seed)
         train_rectification(model, split, labels, settings, run)
-    else:
-        teacher = ReCLIP.load(teacher_path, clip, experiment.device)
-        student = new_student(teacher, settings, seed)
-        labels = image_labels(experiment, teacher, split, settings)
-        train_distillation(teacher, student, split, labels, settings, run)
 
-    seconds = None  # of a row that was stopped, nobody knows how long it took in all
-    if not resume:
-        seconds = time.perf_counter() - began
-    write_json(record_path, {"identity": identity, "finished": True, "seconds": seconds})
-
-
-def image_labels(experiment, model, split, settings):
-    """The image-level labels of the training images (Sec. 3.4), the same file for all rows.
-
-    But the sequel's row has labels of its own, where it finds them in windows.
-    """
-    path = experiment.out / "image_labels.json"
-    origin = experiment.origin
-    if settings.label_window:
-        path = experiment.out / "window_labels.json"
-        origin = origin_of(experiment.facts, settings, model.clip, model.prompts, split)
-    return label_training_set(model, split, settings, origin, path, experiment.workers)
+    if is_new:  # of a row that was stopped, nobody knows how long it took in all
+        write_json(folder / "training.json", {"seconds": time.perf_counter() - began})
 
 
 def shuffled(labels, names, seed):
@@ -418,68 +438,60 @@ def shuffled(labels, names, seed):
     return {name: labels[names[i]] for name, i in zip(names, order)}
 
 
-def fingerprint_of(path):
-    """The model's own fingerprint(), from the checkpoint: sha256 of the weights in it.
-
-    The file's own would change with every writing of the same weights.
-    """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    state = content["learnt"] if "learnt" in content else content["student"]
-    digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        digest.update(key.encode() + value.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def read_json(path):
-    """The content, a dict, or None if there is no such file, or it was cut off."""
+    """The content, or None if there is no such file, or it was cut off."""
     try:
-        content = json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
 
 
 def write_json(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(path) as temporary:
-        temporary.write_text(json.dumps(content))
+        temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
 # --- The model of a row ---------------------------------------------------------------------------
 
 def open_row(experiment, row, path):
     """The model behind a row, in eval mode; path: its checkpoint, None where nothing was learnt."""
+    device = experiment.device
     if row.stage == "distill":
-        return DeepLabV2.load(path, experiment.device)
+        return DeepLabV2.load(path, device)
     if row.stage == "linear":
-        student = DeepLabV2.load(path, experiment.device)
-        pairs = experiment.labelled("train", experiment.protocol_of(row))
-        return linear_classification(student, pairs)
+        student = DeepLabV2.load(path, device)
+        return linear_classification(student, experiment.labelled("train", protocol_of(student)))
 
-    clip = load_clip(experiment.clip, experiment.device)
+    clip = load_clip(experiment.clip, device)
     if row.control == "one number":
-        return load_constant_bias(path, clip, experiment.device)
+        return load_constant_bias(path, clip)
+    if row.stage == "reclip++":
+        return plusplus.ReCLIPPlusPlus.load(path, clip)
     if row.stage == "rectify":
-        return ReCLIP.load(path, clip, experiment.device)
+        return ReCLIP.load(path, clip, attention=ATTENTIONS[row.attention])
 
-    settings = dataclasses.replace(experiment.settings, **(row.changes | NEITHER))
-    model = new_reclip(clip, experiment.facts, settings, seed=0).eval()
+    attention = ATTENTIONS[row.attention]
+    model = plain_clip(clip, experiment.dataset, experiment.recipe, attention=attention)
     if row.stage == "mean":
-        split = open_split(experiment.facts.name, experiment.root, "train")
+        split = open_split(experiment.dataset.name, experiment.root, "train")
         subtract_mean_logit(model, Thumbnails(split, clip.input_resolution))
     return model
 
 
-def load_constant_bias(path, clip, device):
+def load_constant_bias(path, clip):
     """The control "one number" from its checkpoint; ReCLIP.load knows no such part."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    learnt = content["learnt"]
-    model = ReCLIP(clip, content["class_names"], W_q=learnt["W_q"], **content["settings"])
-    model.positional = ConstantBias(len(content["class_names"]))
-    frozen = {key: value for key, value in model.state_dict().items() if key.startswith(FROZEN)}
-    model.load_state_dict(learnt | frozen, strict=True)
-    return model.to(device).eval()
+    content = read_checkpoint(path, "rectify")
+    model = ReCLIP(
+        clip,
+        content["class_names"],
+        W_q=content["learnt"]["W_q"],
+        protocol=content["protocol"],
+        **content["options"],
+    )
+    model.positional = ConstantBias(len(model.class_names))
+    model.load_state_dict(content["learnt"])
+    return model.to(clip.logit_scale.device).eval()
 
 
 @torch.no_grad()
@@ -496,7 +508,6 @@ def subtract_mean_logit(model, thumbnails):
 
     model.positional = ConstantBias(len(mean)).to(mean.device)
     model.positional.numbers.copy_(mean / ConstantBias.gain)
-    model.eval()  # forgets the positional logits that it knew
 
 
 def linear_classification(student, pairs, epochs=5, lr=0.01):
@@ -550,8 +561,6 @@ def pixels_at_centers(cells, output_stride, image_side, truth_side):
     in_image = (torch.arange(cells) + 0.5) * output_stride
     return (in_image * truth_side / image_side).long().clamp(max=truth_side - 1)
 
-
-# --- Measuring a row ------------------------------------------------------------------------------
 
 # Figure 1(a): bins of the distance from the center. Ours: unequal, since few objects stand in the
 # very middle of an image; each holds more than 100 of the objects in shapes' test split.
@@ -608,51 +617,55 @@ def most_confused(confusion, k=6):
     return sorted(chosen)
 
 
-def measured_row(experiment, plan, name, seed):
+def measured_row(experiment, name, seed):
     """{"miou", "confusion" (C, C), "distances" (bins, C, 2), ...} of a row under one seed.
 
     Kept beside its checkpoint in result.json; measured again only if checkpoint, CLIP, protocol or
     row is another.
     """
-    row = plan.rows[name]
+    row = experiment.rows[name]
     path = None
-    if row.stage in ("rectify", "distill"):
-        path = experiment.row_folder(name, seed) / f"{row.stage}.pt"
-    elif row.stage == "linear":
+    protocol = rectify_protocol(experiment.dataset, experiment.recipe)
+    learnt = None
+    if row.stage == "linear":
         path = experiment.row_folder("distilled", seed) / "distill.pt"
-    if path is not None and not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run python extras/paper.py without "
-                                "--report-only, it goes on where it stopped")
+    elif row.stage in LEARNING:
+        path = experiment.row_folder(name, seed) / f"{row.stage}.pt"
+    if path is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: run the same command without "
+                                    "--report-only, it goes on where it stopped")
+        content = read_checkpoint(path)
+        protocol = content["protocol"]
+        learnt = tensors_sha256(content["learnt"])
 
     identity = {
-        "protocol": describe_protocol(experiment, row),
-        "stage": row.stage,
-        "changes": row.changes,
-        "control": row.control,
+        "row": [row.stage, row.changes, row.control, row.attention],
+        "data": [experiment.dataset.name, experiment.split, experiment.recipe],
+        "protocol": protocol,
         "edges": EDGES,
-        "clip": plan.clip_sha256,
-        "checkpoint": fingerprint_of(path) if path else None,
+        "clip": experiment.clip_identity,
+        "learnt": learnt,
     }
     result_path = experiment.row_folder(name, seed) / "result.json"
     known = read_json(result_path)
-    if known is not None and known.get("identity") == identity:
+    if known is not None and known["identity"] == identity:
         return known
 
     model = open_row(experiment, row, path)
-    protocol = experiment.protocol_of(row)
-    dataset = experiment.labelled(experiment.split, protocol)
-    C = len(experiment.facts.classes)
+    protocol = protocol_of(model)
+    pairs = experiment.labelled(experiment.split, protocol)
+    C = len(experiment.dataset.classes)
     confusion = torch.zeros(C, C, dtype=torch.int64)
     distances = torch.zeros(len(EDGES) - 1, C, 2, dtype=torch.int64)
-    for mask, truth, _ in predict_split(
-        model, "rectify", dataset, protocol, f"{name}, seed {seed}", experiment.workers
-    ):
+    title = f"{name}, seed {seed}"
+    for mask, truth, _ in predict_split(model, pairs, protocol, title, experiment.workers):
         confusion += confusion_matrix(mask, truth, C)
         distances += distance_counts(mask, truth, C, EDGES)
 
     result = {
         "identity": identity,
-        "pictures": len(dataset),
+        "images": len(pairs),
         "miou": scores(confusion)["miou"],
         "confusion": confusion.tolist(),
         "distances": distances.tolist(),
@@ -661,25 +674,14 @@ def measured_row(experiment, plan, name, seed):
     return result
 
 
-def describe_protocol(experiment, row):
-    """All without which the number of a row means nothing, in a line."""
-    facts = experiment.facts
-    recipe = experiment.settings_of(row).recipe
-    return (f"{facts.name} {experiment.split}, recipe {recipe}, "
-            f"{experiment.protocol_of(row).describe()}, {facts.background}")
-
-
 # --- All rows, several at a time ------------------------------------------------------------------
 
-def make_rows(experiment, plan):
-    """Trains and measures all rows of the plan, as many at a time as there are cores.
-
-    Beside a GPU one at a time. A run that was stopped goes on at the row where it stopped.
-    """
+def make_rows(experiment):
+    """Trains and measures all rows, as many at a time as there are cores; beside a GPU one."""
     at_once = 1
     if experiment.device == "cpu":
         at_once = os.cpu_count()
-    total = sum(len(seeds_of(row, plan)) for row in plan.rows.values())
+    total = sum(len(experiment.seeds_of(row)) for row in experiment.rows.values())
     ended = 0
     began = time.perf_counter()
 
@@ -687,12 +689,11 @@ def make_rows(experiment, plan):
     with ProcessPoolExecutor(at_once, context, start_worker, (experiment.device,)) as pool:
         # In waves, since a student needs its teacher.
         for stage in STAGES:
-            names = [name for name, row in plan.rows.items() if row.stage == stage]
             jobs = []
-            for seed in range(plan.seeds):
-                for name in names:
-                    if seed in seeds_of(plan.rows[name], plan):
-                        jobs.append((experiment, plan, name, seed))
+            for seed in range(experiment.seeds):
+                for name, row in experiment.rows.items():
+                    if row.stage == stage and seed in experiment.seeds_of(row):
+                        jobs.append((experiment, name, seed))
 
             for title in pool.map(make_row, jobs):
                 ended += 1
@@ -703,13 +704,13 @@ def make_rows(experiment, plan):
 
 def make_row(job):
     """In a process of its own: one row under one seed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        raise KeyboardInterrupt  # the program was killed: begin no other row
-
-    experiment, plan, name, seed = job
-    train_row(experiment, plan.rows[name], name, seed)
-    measured_row(experiment, plan, name, seed)
+    experiment, name, seed = job
+    try:
+        if experiment.rows[name].stage in LEARNING:
+            train_row(experiment, name, seed)
+        measured_row(experiment, name, seed)
+    except KeyboardInterrupt:
+        os._exit(1)  # Ctrl-C reaches this process too, and the pool would hand it the next row
     return f"{name}, seed {seed}"
 
 
@@ -723,10 +724,8 @@ def start_worker(device):
 
 
 def end_with_parent():
-    """A worker whose parent was killed would train on for hours: it is asked to save and to end."""
+    """A worker whose parent was killed would train on for hours. What is saved stays."""
     multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)  # the loop finishes its step, saves, and stops
-    time.sleep(20)
     os._exit(1)
 
 
@@ -854,37 +853,44 @@ def draw_matrices(confusions, class_names, titles, high=30):
 # --- Figure 3 -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def draw_figure_3(model, facts, dataset, protocol, count=3, among=200):
+def draw_figure_3(model, dataset, pairs, count=3, among=200):
     """Figure 3: M_q, M_r, M_p and M of two classes, one of which CLIP took for the other.
 
-    Which images? Each of the first `among` stands for one pair (true class, what CLIP took it for):
-    the one of which rectification mends most pixels there. For each pair its best image is kept,
-    and the `count` best of these are shown. So they show what rectification does, not how often.
+    Which images? Each of the first `among` stands for one rivalry (true class, what CLIP took it
+    for): the one of which rectification mends most pixels there. For each rivalry its best image is
+    kept, and the `count` best of these are shown. So they show what rectification does, not how
+    often. Rivals that both have a map M_p come first: see silent_classes.
 
-    model: a ReCLIP in eval mode. dataset: an Evaluation. -> RGB image
+    model: a ReCLIP in eval mode. dataset: its DataSet. pairs: an Evaluation. -> RGB image
     """
-    C = len(facts.classes)
+    protocol = protocol_of(model)
+    plain = plain_clip(model.clip, dataset, model.options.recipe, W_q=model.W_q)
+    C = len(dataset.classes)
     mended_pixels = {}  # (true class, what CLIP took it for) -> how many, in the best image so far
-    best = {}           # the same pair -> that image, its truth, CLIP's mask, the rectified mask
-    for i in range(min(among, len(dataset))):
-        image, truth, _ = dataset[i]
-        before = predict_mask(model, "clip", image, truth.shape, protocol)
-        after = predict_mask(model, "rectify", image, truth.shape, protocol)
+    best = {}           # the same rivals -> that image, its truth, CLIP's mask, the rectified mask
+    for i in range(min(among, len(pairs))):
+        image, truth, _ = pairs[i]
+        before = predict_mask(plain, image, truth.shape, protocol)
+        after = predict_mask(model, image, truth.shape, protocol)
 
         mended = (truth != IGNORE) & (before != truth) & (after == truth)           # (H0, W0)
-        pairs = truth[mended].long() * C + before[mended]
-        counts = pairs.bincount(minlength=C * C)
-        pair = divmod(int(counts.argmax()), C)
+        codes = truth[mended].long() * C + before[mended]
+        counts = codes.bincount(minlength=C * C)
+        rivals = divmod(int(counts.argmax()), C)
         most = int(counts.max())
-        if most > mended_pixels.get(pair, 0):
-            mended_pixels[pair] = most
-            best[pair] = (image, truth, before, after)
+        if most > mended_pixels.get(rivals, 0):
+            mended_pixels[rivals] = most
+            best[rivals] = (image, truth, before, after)
+
+    silent = silent_classes(model)
+
+    def rank(rivals):
+        return silent.isdisjoint(rivals), mended_pixels[rivals]
 
     rows = []
     shown = set()
-    ranked = sorted(mended_pixels, key=mended_pixels.get, reverse=True)
-    for pair in ranked[:count]:
-        image, truth, before, after = best[pair]
+    for rivals in sorted(mended_pixels, key=rank, reverse=True)[:count]:
+        image, truth, before, after = best[rivals]
         logits = model(image[None].to(model.W_q.device))
         maps = {}  # Eq. (2), (3): M = M_q - (M_r + M_p)
         for title, M in (
@@ -893,17 +899,24 @@ def draw_figure_3(model, facts, dataset, protocol, count=3, among=200):
             ("- positional", logits.positional),
             ("= rectified", logits.rectified),
         ):
-            maps[title] = M.expand_as(logits.query)[0, list(pair)]                  # (2, h, w)
+            maps[title] = M.expand_as(logits.query)[0, list(rivals)]                # (2, h, w)
 
         images = {"image": to_pil_image(image)}
         for title, mask in (("truth", truth), ("CLIP's mask", before), ("rectified mask", after)):
-            images[title] = to_pil_image(color_mask(mask, facts.palette, truth))
+            images[title] = to_pil_image(color_mask(mask, dataset.palette, truth))
             shown.update(mask[truth != IGNORE].tolist())
-        rows += rows_of_tiles(images, maps, [facts.classes[c] for c in pair])
+        rows += rows_of_tiles(images, maps, [dataset.classes[c] for c in rivals])
 
     if not rows:
         rows = [[("no pixel is mended", Image.new("RGB", (136, 1), WHITE))]]
-    return draw_tiles(rows, [(facts.palette[c], facts.classes[c]) for c in sorted(shown)])
+    return draw_tiles(rows, [(dataset.palette[c], dataset.classes[c]) for c in sorted(shown)])
+
+
+def silent_classes(model):
+    """The classes whose M_p is 0 at all places, behind the last ReLU: a set of indices."""
+    grid = model.clip.visual.grid
+    M_p = model.positional_logits(grid, grid)                           # (1, C, grid, grid)
+    return set((M_p == 0).all(3).all(2)[0].nonzero()[:, 0].tolist())
 
 
 def rows_of_tiles(images, maps, rivals):
@@ -938,34 +951,36 @@ def rows_of_tiles(images, maps, rivals):
 PUBLISHED = ("voc", "context", "ade20k")  # the order of Row.paper
 
 
-def write_report(experiment, plan):
+def write_report(experiment):
     """A CSV for each table, a PNG for each figure, and report.md, which is printed too."""
     folder = experiment.out / "paper"
 
     # Whatever is not measured yet is measured now; after make_rows all of it is.
     results = {}  # {name of the row: one result per seed}
-    for name, row in plan.rows.items():
-        results[name] = [
-            measured_row(experiment, plan, name, seed) for seed in seeds_of(row, plan)
-        ]
+    for name, row in experiment.rows.items():
+        results[name] = [measured_row(experiment, name, seed) for seed in experiment.seeds_of(row)]
     percent = {}  # {name of the row: mIoU of each seed}
     for name, measured in results.items():
         percent[name] = [100 * result["miou"] for result in measured]
 
+    tables = chosen_tables(experiment.rows)
+    for key, (_, names) in tables.items():
+        write_table(experiment, names, percent, folder / f"{key}.csv")
+
+    clip = load_clip(experiment.clip, experiment.device)
+    rectified = ReCLIP.load(experiment.row_folder("both", 0) / "rectify.pt", clip)
     curves = distance_curves(results)
-    write_figures(experiment, results, curves, folder)
-    for key, (_, names) in plan.tables.items():
-        write_table(plan, names, percent, paper_column(experiment), folder / f"{key}.csv")
+    write_figures(experiment, results, curves, rectified, folder)
 
     lines = [
-        *heading_lines(experiment, plan),
-        *table_lines(experiment, plan, percent),
-        *comparison_lines(experiment, plan, percent),
-        *figure_lines(curves),
-        *training_time_lines(experiment, plan),
+        *heading_lines(experiment),
+        *table_lines(experiment, tables, percent),
+        *comparison_lines(experiment, tables, percent),
+        *figure_lines(curves, rectified),
+        *training_time_lines(experiment),
     ]
     with written_atomically(folder / "report.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     print(f"\nwritten: {folder / 'report.md'}")
 
@@ -984,14 +999,10 @@ def distance_curves(results):
     return curves
 
 
-def write_figures(experiment, results, curves, folder):
-    """Figures 1(a), 1(b) and 3, as PNG files. curves: those of distance_curves."""
-    facts = experiment.facts
-    confusions = {}
-    for title, name in FIGURE_ROWS.items():
-        if name in results:
-            confusions[title] = sum(torch.tensor(result["confusion"]) for result in results[name])
-
+def write_figures(experiment, results, curves, rectified, folder):
+    """Figures 1(a), 1(b) and 3, as PNG files. curves: those of distance_curves; rectified: a ReCLIP
+    for Figure 3."""
+    dataset = experiment.dataset
     middles = [(a + b) / 2 for a, b in pairwise(EDGES)]
     draw_curves(
         curves,
@@ -1000,26 +1011,30 @@ def write_figures(experiment, results, curves, folder):
         "distance of the object's centroid from the center (1: corner)",
     ).save(folder / "figure1a.png")
 
+    confusions = {}
+    for title, name in FIGURE_ROWS.items():
+        if name in results:
+            confusions[title] = sum(torch.tensor(result["confusion"]) for result in results[name])
     chosen = most_confused(confusions["CLIP"])
     draw_matrices(
         [confusion[chosen][:, chosen] for confusion in confusions.values()],
-        [facts.classes[c] for c in chosen],
+        [dataset.classes[c] for c in chosen],
         list(confusions),
     ).save(folder / "figure1b.png")
 
-    clip = load_clip(experiment.clip, experiment.device)
-    path = experiment.row_folder("both", 0) / "rectify.pt"
-    rectified = ReCLIP.load(path, clip, experiment.device)
-    protocol = experiment.protocol_of(ROWS["both"])
-    dataset = experiment.labelled(experiment.split, protocol)
-    figure_3 = draw_figure_3(rectified, facts, dataset, protocol)
-    figure_3.save(folder / "figure3.png")
+    pairs = experiment.labelled(experiment.split, protocol_of(rectified))
+    draw_figure_3(rectified, dataset, pairs).save(folder / "figure3.png")
+
+
+def published_miou(experiment, row):
+    """The paper's mIoU of a row, or None: on VOC, if the paper does not know the data set."""
+    return row.paper[PUBLISHED.index(paper_column(experiment))]
 
 
 def paper_column(experiment):
     """Whose numbers of the paper stand beside ours: VOC's, if it has none on this data set."""
-    if experiment.facts.name in PUBLISHED:
-        return experiment.facts.name
+    if experiment.dataset.name in PUBLISHED:
+        return experiment.dataset.name
     return "voc"
 
 
@@ -1027,61 +1042,67 @@ def mean_of(values):
     return sum(values) / len(values)
 
 
-def write_table(plan, names, percent, column, path):
+def write_table(experiment, names, percent, path):
     """The CSV of one table."""
     with written_atomically(path) as temporary:
-        with open(temporary, "w", newline="") as file:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            titles = [f"seed {seed}" for seed in range(plan.seeds)]
-            writer.writerow(["row", "mean", f"paper, {column}", *titles])
+            titles = [f"seed {seed}" for seed in range(experiment.seeds)]
+            writer.writerow(["row", "mean", f"paper, {paper_column(experiment)}", *titles])
             for name in names:
-                row = plan.rows[name]
-                published = row.paper[PUBLISHED.index(column)]
-                writer.writerow([row.title, mean_of(percent[name]), published, *percent[name]])
+                row = experiment.rows[name]
+                values = percent[name]
+                published = published_miou(experiment, row)
+                writer.writerow([row.title, mean_of(values), published, *values])
 
 
-def heading_lines(experiment, plan):
+def heading_lines(experiment):
     """The top of report.md: what was measured, how, and with which CLIP."""
+    dataset = experiment.dataset
+    protocol = Protocol(**rectify_protocol(dataset, experiment.recipe))
     return [
-        f"# The paper's evidence on {experiment.facts.name}",
+        f"# The paper's evidence on {dataset.name}",
         "",
-        f"mIoU in percent, mean (least..most) over the seeds, {plan.seeds} where something learns. "
-        f"{describe_protocol(experiment, ROWS['both'])}. CLIP: sha256 {plan.clip_sha256[:12]}. "
-        f"Beside it the paper's own number on {paper_column(experiment)}, by its own protocol.",
+        "mIoU in percent, mean (least..most) over the seeds, "
+        f"{experiment.seeds} where something learns. {dataset.name} {experiment.split}, recipe "
+        f"{experiment.recipe}, {protocol.describe()}, {dataset.background}. CLIP: "
+        f"{experiment.clip_identity[:12]}. Beside it the paper's own number on "
+        f"{paper_column(experiment)}, by its own protocol.",
     ]
 
 
-def table_lines(experiment, plan, percent):
+def table_lines(experiment, tables, percent):
     """A table of Markdown for each table of the paper: ours, and the paper's number beside it."""
-    column = paper_column(experiment)
     lines = []
-    for title, names in plan.tables.values():
+    for title, names in tables.values():
         lines += ["", f"## {title}", ""]
-        lines += [f"| row | {experiment.facts.name} | paper, {column} |", "|---|---|---|"]
+        lines += [f"| row | {experiment.dataset.name} | paper, {paper_column(experiment)} |"]
+        lines += ["|---|---|---|"]
         for name in names:
+            row = experiment.rows[name]
             values = percent[name]
             shown = f"{mean_of(values):.1f}"
             if len(values) > 1:
                 shown += f" ({min(values):.1f}..{max(values):.1f})"
-            published = plan.rows[name].paper[PUBLISHED.index(column)]
-            lines.append(f"| {plan.rows[name].title} | {shown} | {published or ''} |")
+            published = published_miou(experiment, row) or ""
+            lines.append(f"| {row.title} | {shown} | {published} |")
     return lines
 
 
-def comparison_lines(experiment, plan, percent):
+def comparison_lines(experiment, tables, percent):
     """Which steps of the paper's tables go the same way here, and does "both" beat the controls?"""
     published = {}
-    for name, row in plan.rows.items():
-        published[name] = row.paper[PUBLISHED.index(paper_column(experiment))]
+    for name, row in experiment.rows.items():
+        published[name] = published_miou(experiment, row)
 
     # The sequel's number is its authors', on VOC: no step of the paper leads to it.
     steps = {}  # (from, to) -> gain that is expected; of the controls only the sign
-    for _, names in plan.tables.values():
+    for _, names in tables.values():
         in_paper = [name for name in names if published[name] and name != "plusplus"]
         for a, b in pairwise(in_paper):
             steps[a, b] = published[b] - published[a]
-    if "controls" in plan.tables:
-        _, names = plan.tables["controls"]
+    if "controls" in tables:
+        _, names = tables["controls"]
         for name in names:
             if name != "both":
                 steps[name, "both"] = 1.0
@@ -1089,15 +1110,16 @@ def comparison_lines(experiment, plan, percent):
     lines = ["", "## What came out, and what did not", ""]
     for (a, b), step in steps.items():
         gain = mean_of(percent[b]) - mean_of(percent[a])
+        titles = f"{experiment.rows[a].title} -> {experiment.rows[b].title}"
         expected = f"{step:+.1f} in the paper" if published[a] else "it should gain"
-        line = f"- {plan.rows[a].title} -> {plan.rows[b].title}: {gain:+.1f} here, {expected}"
+        line = f"- {titles}: {gain:+.1f} here, {expected}"
         if step and step * gain <= 0:
             line += ": **does not come out**"
         lines.append(line)
     return lines
 
 
-def figure_lines(curves):
+def figure_lines(curves, rectified):
     """The figures with their captions, and the numbers behind Figure 1(a)."""
     captions = {
         "figure1a": "1(a): mIoU over the images whose object of the class lies that far from the "
@@ -1105,8 +1127,15 @@ def figure_lines(curves):
         "figure1b": "1(b): the classes that CLIP confuses most, in percent of the pixels that went "
                     "to one of them.",
         "figure3": "3: images chosen because rectification mends most pixels that CLIP took for "
-                   "one other class.",
+                   "one other class. Both classes share the scale of a map, which stands below it.",
     }
+    silent = [first_name(rectified.class_names[c]) for c in sorted(silent_classes(rectified))]
+    if silent:
+        captions["figure3"] += (
+            f" M_p is 0 at all places for {', '.join(silent)}: the last ReLU of the positional net "
+            "cuts their maps off. Pairs of which both classes have a map come first."
+        )
+
     lines = ["", "## Figures"]
     for name, text in captions.items():
         lines += ["", f"Figure {text}", "", f"![{name}]({name}.png)"]
@@ -1118,14 +1147,14 @@ def figure_lines(curves):
     return lines
 
 
-def training_time_lines(experiment, plan):
+def training_time_lines(experiment):
     """How long each row took, mean over seeds; rows that were stopped and resumed are left out."""
     lines = ["", "## Training times, seconds a seed", ""]
-    for name, row in plan.rows.items():
+    for name, row in experiment.rows.items():
         seconds = []
-        for seed in seeds_of(row, plan):
+        for seed in experiment.seeds_of(row):
             record = read_json(experiment.row_folder(name, seed) / "training.json")
-            if record is not None and record["seconds"] is not None:
+            if record is not None:
                 seconds.append(record["seconds"])
         if seconds:
             lines.append(f"- {name}: {mean_of(seconds):.0f}")
@@ -1135,7 +1164,6 @@ def training_time_lines(experiment, plan):
 # --- Command line ---------------------------------------------------------------------------------
 
 def parse_arguments(argv=None):
-    best_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", choices=list(DATA), default="shapes", help="data set (default: shapes)")
@@ -1150,29 +1178,20 @@ def parse_arguments(argv=None):
         help="which of the authors' two, for voc, context and ade20k (default: cvpr2024)")
     add("--epochs", type=int,
         help="of every training, to see that it works (default: the data set's)")
-    add("--rectification-only", "--rectification_only", action="store_true",
-        help="without the rows that need a student")
-    add("--report-only", "--report_only", action="store_true",
-        help="train nothing: tables, figures and report from what is there")
-    add("--device", default=best_device, help="cpu or cuda (default: the best there is)")
+    add("--rectification-only", action="store_true", help="without the rows that need a student")
+    add("--report-only", action="store_true",
+        help="train nothing: what the same command without it made is reported anew")
+    add("--device", default=best_device(), help="cpu or cuda (default: the best there is)")
     add("--workers", type=int,
         help="processes that decode images (default: 4 beside a GPU, else 0)")
     args = parser.parse_args(argv)
 
-    facts = DATA[args.data]
-    args.split = args.split or facts.splits[-1]  # test of shapes: no choice was made on it
-    if args.split not in facts.splits:
-        raise ValueError(f"--split {args.split}: {args.data} has {', '.join(facts.splits)}")
-    if args.seeds < 1:
-        raise ValueError(f"--seeds is {args.seeds}; at least 1")
-    if args.epochs is not None and args.epochs < 1:
-        raise ValueError(f"--epochs is {args.epochs}; at least 1")
-
+    dataset = DATA[args.data]
+    args.split = args.split or dataset.splits[-1]  # test of shapes: no choice was made on it
     args.out = args.out or Path("runs") / args.data
-    args.clip = args.clip or facts.clip
+    args.clip = args.clip or dataset.clip
     if args.workers is None:
         args.workers = 4 if args.device.startswith("cuda") else 0
-    check_device(args.device)
     return args
 
 
@@ -1181,41 +1200,25 @@ def main(argv=None):
     if args.data == "shapes" and args.device == "cpu":
         torch.set_num_threads(1)  # tensors this small gain little from more threads
 
-    facts = DATA[args.data]
-    changes = {}
-    if args.epochs:
-        changes = {"rectify_epochs": args.epochs, "distill_epochs": args.epochs}
-    settings = find_settings(args.data, args.recipe, **changes)
-    sequel = find_settings(args.data, method="reclip++", **changes)
-
-    plan_path = args.out / "paper" / "plan.json"
-    plan = None
-    if args.report_only:
-        plan = read_plan(plan_path)
-    clip = load_clip(args.clip)
-    train_split = open_split(args.data, args.root, "train")
+    dataset = DATA[args.data]
+    options, _ = hyper_parameters(dataset, args.recipe)
     experiment = Experiment(
-        facts=facts,
-        settings=settings,
-        sequel=sequel,
+        dataset=dataset,
+        recipe=options.recipe,
+        epochs=args.epochs,
         root=args.root,
         clip=args.clip,
-        origin=origin_of(facts, settings, clip, facts.prompts or PROMPTS, train_split),
+        clip_identity=load_clip(args.clip).identity(),
         out=args.out,
         split=args.split,
+        rows=chosen_rows(options, args.rectification_only),
+        seeds=args.seeds,
         device=args.device,
         workers=args.workers,
     )
-
-    if plan is None:
-        plan = make_plan(settings, args.rectification_only, args.seeds, clip.sha256)
-        plan_path.parent.mkdir(parents=True, exist_ok=True)
-        write_plan(plan, plan_path)
-        make_rows(experiment, plan)
-    elif plan.clip_sha256 != clip.sha256:
-        raise ValueError(f"{plan_path.parent} was made with another CLIP than {args.clip} (their "
-                         "sha256 differ); give the right one with --clip")
-    write_report(experiment, plan)
+    if not args.report_only:
+        make_rows(experiment)
+    write_report(experiment)
 
 
 if __name__ == "__main__":
