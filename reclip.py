@@ -716,18 +716,16 @@ def strong_classes(logits, threshold, scale=100.0):
     return kept | ~kept.any()
 
 
-def centers_on_grid(mask_side, image_side, cells, output_stride, device):
-    """Where the centers of the mask's pixels lie on a row of cells: (mask_side,), for grid_sample.
+def weights_of_cells(cells, output_stride, image_side, mask_side):
+    """How much each cell of a row of the grid counts at each pixel of the mask: (mask_side, cells).
 
-    The mask spans image_side pixels of the image that the network saw, the cells span
-    cells * output_stride of them. grid_sample counts from -1 (left edge of the grid) to 1 (right
-    edge). What lies beyond the center of an outermost cell takes that cell's value.
+    A row of the grid is enlarged to output_stride pixels a cell, what lies over the image's edge
+    (padding) is cut off, and the rest is resized to the mask. All of it is linear in the cells: so
+    each cell is sent through alone, as 1 among 0s.
     """
-    centers = torch.arange(mask_side, device=device) + 0.5              # in pixels of the mask
-    centers = centers * (image_side / mask_side)                        # in pixels of the image
-    positions = centers * (2 / (cells * output_stride)) - 1             # -1 .. 1 over the grid
-    half_cell = 1 / cells
-    return positions.clamp(half_cell - 1, 1 - half_cell)
+    row = torch.eye(cells)[None]                                        # (1, cells, cells)
+    row = F.interpolate(row, size=cells * output_stride, mode="linear")[..., :image_side]
+    return F.interpolate(row, size=mask_side, mode="linear")[0].T       # (mask_side, cells)
 
 
 def segment(
@@ -741,12 +739,14 @@ def segment(
 ):
     """The mask of one image: logits on patches (1, C, h, w) -> class of each pixel (H0, W0), uint8.
 
+    The logits are enlarged bilinearly, first to the image that the network saw, then to the mask.
+    Bilinear means: along rows and along columns, one after the other (weights_of_cells).
+
     output_stride: pixels of the seen image from one cell of the grid to the next.
     image_size: (H, W) of the image that the network saw. The cells may reach over its edge, where
-        it was padded.
-    label_size: (H0, W0) of the mask that is wanted. The grid is read bilinearly at the center of
-        each of its pixels. (The released code stretches the padded grid onto the unpadded image,
-        which shifts masks by up to 15 pixels.)
+        it was padded. (The released code stretches the padded grid onto the unpadded image, which
+        shifts masks by up to 15 pixels.)
+    label_size: (H0, W0) of the mask that is wanted.
     denoise: threshold of strong_classes; 0 keeps every class.
     background: pixels whose best probability softmax(scale * M) stays below it become IGNORE;
         0 for none.
@@ -758,29 +758,28 @@ def segment(
     if logits.shape[1] > IGNORE:
         raise ValueError(f"a mask of bytes has room for {IGNORE} classes, not {logits.shape[1]}")
     kept = strong_classes(logits, denoise, scale)                       # (C,) bool
+    dropped = ~kept[:, None, None]                                      # (C, 1, 1)
+
     C, h, w = logits.shape[1:]
-    y = centers_on_grid(label_size[0], image_size[0], h, output_stride, logits.device)    # (H0,)
-    x = centers_on_grid(label_size[1], image_size[1], w, output_stride, logits.device)    # (W0,)
+    y = weights_of_cells(h, output_stride, image_size[0], label_size[0]).to(logits)     # (H0, h)
+    x = weights_of_cells(w, output_stride, image_size[1], label_size[1]).to(logits)     # (W0, w)
 
     # C numbers per pixel of a large image would not fit into memory: some rows at a time.
     rows_at_once = max(1, 2 ** 24 // (C * len(x)))
     strips = []
     for y_strip in y.split(rows_at_once):
-        positions = torch.stack(torch.meshgrid(x, y_strip, indexing="xy"), -1)  # (rows, W0, 2)
-        positions = positions.to(logits.dtype)
-        pixels = F.grid_sample(logits, positions[None], align_corners=False)[0] # (C, rows, W0)
+        pixels = torch.einsum("yh,chw,xw->cyx", y_strip, logits[0], x)  # (C, rows, W0)
 
         # The best class of each pixel, among those that denoising has left.
-        dropped = ~kept[:, None, None]                                          # (C, 1, 1)
-        strip = pixels.masked_fill(dropped, -torch.inf).argmax(0)               # (rows, W0)
+        strip = pixels.masked_fill(dropped, -torch.inf).argmax(0)       # (rows, W0)
 
         if background:
             # Dropped classes still take their share of the probability.
-            probability = (scale * pixels).softmax(0)                           # (C, rows, W0)
-            best = probability.masked_fill(dropped, 0).amax(0)                  # (rows, W0)
+            probability = (scale * pixels).softmax(0)                   # (C, rows, W0)
+            best = probability.masked_fill(dropped, 0).amax(0)          # (rows, W0)
             strip[best < background] = IGNORE
         strips.append(strip.byte())
-    return torch.cat(strips)                                                    # (H0, W0)
+    return torch.cat(strips)                                            # (H0, W0)
 
 
 # --- Sec. 3.5: the losses of distillation ---------------------------------------------------------
