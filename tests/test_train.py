@@ -1,874 +1,916 @@
-"""train.py: the loop, its checkpoints, the settings, and training without labels."""
+"""train.py: both loops against loops written out plainly; what learns, hyper-parameters, files.
 
+Trainings here take few steps on small images, with the CLIP of conftest. Real processes, killed
+ones and other accidents: test_long_runs.py.
+"""
+
+import builtins
 import csv
 import dataclasses
-import inspect
+import io
 import json
 import shutil
-import signal
 from copy import deepcopy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
 
-import datasets
+import reference
 import train
-from datasets import DATA
+from conftest import close, sentence
+from datasets import DATA, Augment, Thumbnails, TrainingStream, own_images
 from deeplab import DeepLabV2
-from eval import Protocol
 from reclip import ReCLIP
-from test_clip_model import encode_prompted_plain
-from test_reclip import (
-    IMAGENET,
-    READINGS,
-    noise_of,
-    plain_features,
-    plain_pixels,
-    plain_positional,
-)
 
+GELU = {"cvpr2024": reference.exact_gelu, "2025": reference.quick_gelu}
+COLORS = {"cvpr2024": reference.IMAGENET_COLORS, "2025": reference.CLIP_COLORS}
 
-@pytest.fixture
-def command(make_voc, tiny_clip_file, tmp_path):
-    """train.py's arguments for a small VOC; `out` and more options are appended."""
-    root = make_voc({"train": 4})
-    return lambda out, *more: [
-        "--stage",
-        "rectify",
-        "--data",
-        "voc",
-        "--root",
-        str(root),
-        "--clip",
-        str(tiny_clip_file),
-        "--device",
-        "cpu",
-        "--crop",
-        "32",
-        "--epochs",
-        "3",
-        "--out",
-        str(tmp_path / out),
-        *more,
-    ]
 
+# --- A split, a data set and settings, all small --------------------------------------------------
 
-def learnt(folder):
-    return torch.load(folder / "rectify.pt", weights_only=True)["learnt"]
-
-
-def fail_at(monkeypatch, step, effect, name="contrastive_loss"):
-    """Makes the step-th call of a loss of the loop raise or return something else."""
-    calls, loss = [], getattr(train, name)
-
-    def counted(*arguments, **more):
-        calls.append(1)
-        value = loss(*arguments, **more)
-        return effect(value) if len(calls) == step else value
-
-    monkeypatch.setattr(train, name, counted)
-
-
-def interrupt(loss):
-    raise KeyboardInterrupt
-
-
-def test_resumed_run_equals_uninterrupted_one(command, tmp_path, monkeypatch):
-    """Stopped in the middle of the second epoch: after --resume, weights, log and order are
-    equal to the bit.
-    """
-    train.main(command("whole"))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        fail_at(patch, 7, interrupt)
-        train.main(command("parts"))
-    state = torch.load(tmp_path / "parts" / "rectify_state.pt", weights_only=True)
-    assert state["step"] == 4  # one epoch of 4 pictures
-    train.main(command("parts", "--resume"))
-    whole, parts = learnt(tmp_path / "whole"), learnt(tmp_path / "parts")
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    logs = [(tmp_path / name / "rectify_log.csv").read_text() for name in ("whole", "parts")]
-    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 13
-    other = command("other", "--seed", "1")
-    train.main(other)
-    assert not torch.equal(
-        learnt(tmp_path / "other")["reference.vectors"], whole["reference.vectors"]
-    )
-
-
-def test_a_signal_behind_the_save_counts_for_the_next_step(tmp_path):
-    """Else the step that is running then would end unsaved, and one of several processes alone."""
-
-    class Stream(torch.utils.data.Dataset):
-        def __getitem__(self, s):
-            return torch.tensor([s]), torch.tensor([True]), "any"
-
-    run = train.Run("rectify", tmp_path, {})
-    run.begin({}, None, steps=9, images_per_step=1, images_per_epoch=9)
-    saves = []
-    with pytest.raises(KeyboardInterrupt):
-        for step, _, _, _ in run.batches(Stream(), 1):
-            saves.append((step, run.save_due(step)))
-            if step == 1:
-                signal.raise_signal(signal.SIGTERM)
-    assert saves == [(0, False), (1, False), (2, True)]
-
-
-def test_only_the_bias_modules_learn(command, monkeypatch):
-    """All of the model in memory, before the loop and after it: prompt and net have moved alone."""
-    loop = train.train_rectification
-    models, before = [], []
-
-    def recorded(model, *arguments):
-        models.append(model)
-        before.append(deepcopy(model.state_dict()))
-        return loop(model, *arguments)
-
-    monkeypatch.setattr(train, "train_rectification", recorded)
-    train.main(command("run"))
-    after = models[0].state_dict()
-    moved = {key for key in after if not torch.equal(after[key], before[0][key])}
-    assert {"reference.vectors", "positional.net.0.weight"} <= moved
-    assert all(key.startswith(("reference.", "positional.")) for key in moved), moved
-    assert any(key.startswith("clip.") for key in after)
-
-
-def test_trains_without_label_folder(command, tmp_path):
-    shutil.rmtree(tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass")
-    train.main(command("run"))
-    assert (tmp_path / "run" / "rectify.pt").is_file()
-
-
-def test_nan_loss_names_step_and_picture_and_keeps_the_last_state(command, tmp_path, monkeypatch):
-    fail_at(monkeypatch, 6, lambda loss: loss * float("nan"))
-    with pytest.raises(ValueError, match=r"nan, .* at step 5 on train_\d; .*holds step 4"):
-        train.main(command("run"))
-    assert torch.load(tmp_path / "run" / "rectify_state.pt", weights_only=True)["step"] == 4
-    assert all(value.isfinite().all() for value in learnt(tmp_path / "run").values())
-
-
-def test_resume_refuses_other_settings_and_lists_them(command, tmp_path):
-    train.main(command("run"))
-    with pytest.raises(ValueError, match=r"lr was 0.01, now 0.5; .*pool was 'global', now 'mask'"):
-        train.main(command("run", "--resume", "--lr", "0.5", "--pool", "mask"))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda p: p.unlink(),
-        lambda p: p.write_bytes(p.read_bytes()[:500]),
-        lambda p: p.write_text("hello"),
-    ],
-)
-def test_resume_without_a_good_state(command, tmp_path, damage):
-    train.main(command("run", "--epochs", "1"))
-    damage(tmp_path / "run" / "rectify_state.pt")
-    with pytest.raises((FileNotFoundError, ValueError), match="rectify_state.pt") as caught:
-        train.main(command("run", "--epochs", "1", "--resume"))
-    assert "\n" not in str(caught.value)
-
-
-def test_pseudo_labels_are_kept_by_name_and_made_anew_for_other_settings(command, tmp_path):
-    """The file holds, for each picture name, what Sec. 3.4 says of that very picture."""
-    train.main(command("run", "--epochs", "1"))
-    path = tmp_path / "run" / "image_labels.json"
-    content = json.loads(path.read_text())
-    model = ReCLIP.load(tmp_path / "run" / "rectify.pt")
-    split = train.open_split("voc", tmp_path, "train")
-    for thumbnail, name in train.Thumbnails(split, model.clip.input_resolution):
-        similarity = model.image_similarity(thumbnail[None])[0]
-        expected = [c for c in range(20) if similarity[c] >= 23] or sorted(
-            similarity.topk(2).indices.tolist()
-        )
-        assert content["labels"][name] == expected
-    content["labels"] = {name: [3] for name in content["labels"]}
-    path.write_text(json.dumps(content))
-    train.main(command("run", "--epochs", "1"))
-    assert json.loads(path.read_text()) == content  # same settings: read, not computed
-    train.main(command("run", "--epochs", "1", "--top_k", "1", "--threshold", "99"))
-    labels = json.loads(path.read_text())["labels"]
-    assert [len(found) for found in labels.values()] == [1] * 4 and json.loads(
-        path.read_text()
-    ) != content
-
-
-def test_learning_rate_follows_the_poly_rule(command, tmp_path):
-    """lr (1 - epoch / 200) ** 0.9, stepped once an epoch (Sec. 4.1, released horizon)."""
-    train.main(command("run"))
-    rows = list(csv.DictReader((tmp_path / "run" / "rectify_log.csv").open()))
-    assert [float(row["lr"]) for row in rows] == pytest.approx(
-        [0.01 * (1 - (step // 4) / 200) ** 0.9 for step in range(12)], rel=1e-5
-    )
-
-
-def settings_of(arguments):
-    _, _, settings = train.parse_arguments(arguments)
-    return settings
-
-
-def test_the_learning_rate_of_distillation_has_a_floor(command, tmp_path):
-    """0.01 (1 - epoch / epochs) ** 0.9, never below the floor (released: 1e-4)."""
-    train.main(command("run", "--epochs", "1"))
-    arguments = command(
-        "run",
-        "--epochs",
-        "4",
-        "--distill-lr-floor",
-        "0.004",
-        "--student",
-        "tiny",
-        "--backbone-weights",
-        "none",
-        "--distill-crop",
-        "32",
-        "--distill-batch",
-        "2",
-    )
-    train.main(["--stage", "distill", *arguments[2:]])
-    rows = list(csv.DictReader((tmp_path / "run" / "distill_log.csv").open()))
-    expected = [max(0.004, 0.01 * (1 - (step // 2) / 4) ** 0.9) for step in range(8)]
-    assert expected[-1] == 0.004 < expected[3]
-    assert [float(row["lr"]) for row in rows] == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.fixture
-def distill(command, tmp_path):
-    """A teacher of one epoch; distill(*options) runs one epoch of distillation from it."""
-    train.main(command("run", "--epochs", "1"))
-    tiny = ["--student", "tiny", "--backbone-weights", "none", "--distill-crop", "32"]
-
-    def run(*options):
-        arguments = command("run", "--epochs", "1", *tiny, "--distill-batch", "2", *options)
-        train.main(["--stage", "distill", *arguments[2:]])
-
-    return run
-
-
-@pytest.mark.parametrize(
-    "options, expected", [([], None), (["--head", "original"], 1.0), (["--mask-tau", "0.3"], 0.3)]
-)
-def test_temperature_of_the_mask_guided_loss(distill, tmp_path, monkeypatch, options, expected):
-    """That of Eq. (5), unless it is given; 1 for a classifier that learns its own scale."""
-    seen, loss = [], train.mask_guided_loss
-
-    def recorded(logits, pseudo_labels, tau, to_pixels):
-        seen.append(tau)
-        return loss(logits, pseudo_labels, tau, to_pixels)
-
-    monkeypatch.setattr(train, "mask_guided_loss", recorded)
-    distill(*options)
-    teacher = ReCLIP.load(tmp_path / "run" / "rectify.pt")
-    assert teacher.tau not in (1.0, 0.3)
-    assert seen == [teacher.tau if expected is None else expected] * 2
-
-
-def test_a_teacher_in_training_mode_learns_nothing_from_the_student(command, tmp_path):
-    """Its batch norms would take the statistics of the student's images."""
-    train.main(command("run", "--epochs", "1"))
-    teacher = ReCLIP.load(tmp_path / "run" / "rectify.pt").train()
-    before = teacher.fingerprint()
-    split = train.open_split("voc", tmp_path, "train")
-    settings = dataclasses.replace(
-        train.SETTINGS["voc"],
-        student="tiny",
-        backbone_weights="none",
-        distill_crop=32,
-        distill_batch=2,
-        distill_epochs=1,
-    )
-    labels = {name: torch.ones(20, dtype=torch.bool) for name in split.names}
-    student = train.new_student(teacher, settings, seed=0)
-    run = train.Run("distill", tmp_path, {})
-    train.train_distillation(teacher, student, split, labels, settings, run)
-    assert teacher.fingerprint() == before
-
-
-def test_the_threshold_reaches_the_labels(make_voc, tiny_clip_file, tmp_path):
-    """Each image holds exactly the classes whose similarity reaches the threshold."""
-    split = train.open_split("voc", make_voc({"train": 4}), "train")
-    facts, clip = DATA["voc"], train.load_clip(tiny_clip_file)
-    model = train.new_reclip(clip, facts, train.SETTINGS["voc"], seed=0)
-    similarity = {
-        name: model.image_similarity(thumbnail[None])[0]
-        for thumbnail, name in train.Thumbnails(split, clip.input_resolution)
-    }
-    values = torch.stack(list(similarity.values())).flatten().sort().values
-    threshold = (values[-12] + values[-11]).item() / 2  # of 80 pairs 11 are above
-    settings = dataclasses.replace(train.SETTINGS["voc"], threshold=threshold, top_k=1)
-    labels = train.label_training_set(model, split, settings, {}, tmp_path / "labels.json")
-    above = {name: row > threshold for name, row in similarity.items()}
-    assert sum(int(row.sum()) for row in above.values()) == 11
-    for name, row in labels.items():
-        expected = above[name] if above[name].any() else similarity[name] == similarity[name].max()
-        assert row.dtype == torch.bool and torch.equal(row, expected)
-
-
-FIELDS = {field.name: field for field in dataclasses.fields(train.Settings)}
-
-
-# (recipe and method have tests of their own)
-@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"recipe", "method"}))
-def test_every_setting_is_an_option(name):
-    field = FIELDS[name]
-    spelling = name.replace("_", "-")
-    ordinary = datasets.find_settings("voc")
-    if field.type is bool:
-        value = not getattr(ordinary, name)
-        option = [f"--{spelling}" if value else f"--no-{spelling}"]
-    else:
-        value = {int: 3, float: 0.75, str: "none"}[field.type]
-        if name == "rectify_poly_epochs":
-            value = 1000  # not below rectify_epochs
-        if name in train.CHOICES:
-            value = train.CHOICES[name][1]
-        option = [f"--{spelling}", str(value)]
-    assert value != getattr(ordinary, name)
-    assert settings_of(["--data", "voc", *option]) == dataclasses.replace(ordinary, **{name: value})
-
-
-def test_recipes_and_spellings():
-    # The defaults are those of the recipe that the paper's checkpoints belong to.
-    voc = ["--stage", "rectify", "--data", "voc"]
-    assert settings_of(voc) == datasets.find_settings("voc", "cvpr2024")
-    assert settings_of([*voc, "--recipe", "2025"]) == datasets.find_settings("voc", "2025")
-    assert settings_of([*voc, "--recipe", "2025", "--crop", "48"]) == dataclasses.replace(
-        datasets.find_settings("voc", "2025"), crop=48
-    )
-    hyphens = settings_of(
-        ["--data", "voc", "--positional-channels", "1", "--no-positional-last-relu"]
-    )
-    underscores = settings_of(
-        ["--data", "voc", "--positional_channels", "1", "--no-positional_last_relu"]
-    )
-    assert hyphens == underscores and hyphens.positional_channels == 1
-
-
-# -- the two recipes, and the image pipeline -------------------------------------------------------
-
-TINY = ["--student", "tiny", "--backbone-weights", "none", "--distill-crop", "32"]
-
-
-def test_a_run_is_not_resumed_under_another_recipe(command, tmp_path):
-    train.main(command("run", "--epochs", "1"))
-    assert ReCLIP.load(tmp_path / "run" / "rectify.pt").recipe == "cvpr2024"
-    with pytest.raises(ValueError, match=r"recipe was 'cvpr2024', now '2025'") as caught:
-        train.main(command("run", "--epochs", "1", "--recipe", "2025", "--resume"))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("own, other", [("cvpr2024", "2025"), ("2025", "cvpr2024")])
-def test_a_student_has_the_recipe_of_its_teacher(command, tmp_path, own, other):
-    """Whatever --recipe's default; naming another one is refused in a sentence."""
-    train.main(command("run", "--epochs", "1", "--recipe", own))
-    arguments = ["--stage", "distill", *command("run", "--epochs", "1", *TINY)[2:]]
-    train.main(arguments)
-    assert DeepLabV2.load(tmp_path / "run" / "distill.pt").recipe == own
-    assert ReCLIP.load(tmp_path / "run" / "rectify.pt").recipe == own
-
-    with pytest.raises(ValueError, match=f"rectify.pt was learnt under the recipe {own}") as caught:
-        train.main([*arguments, "--recipe", other])
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("stage, options, expected", [
-    ("rectify", [], dict(long_side=2048, short_side=512)),
-    ("rectify", ["--recipe", "2025"], dict(long_side=2048, short_side=336)),
-    ("rectify", ["--rectify-long-side", "99", "--rectify_short_side", "88", "--resize-from", "1"],
-     dict(long_side=99, short_side=88, ratio=(1.0, 2.0))),
-    ("distill", [], dict(long_side=2048, short_side=512)),
-    ("distill", ["--distill-long-side", "99", "--distill_short_side", "88", "--no-flip"],
-     dict(long_side=99, short_side=88, flip=False)),
-])
-def test_settings_reach_the_images(command, tmp_path, monkeypatch, stage, options, expected):
-    """Sizes and ratio of each stage; and a benchmark's images are resized without antialiasing."""
-    if stage == "distill":
-        train.main(command("run", "--epochs", "1"))
-    given = []
-
-    def recorded(**arguments):
-        given.append(arguments)
-        return datasets.Augment(**arguments)
-
-    monkeypatch.setattr(train, "Augment", recorded)
-    train.main(["--stage", stage, *command("run", "--epochs", "1", *TINY, *options)[2:]])
-    defaults = dict(crop=32, ratio=(0.5, 2.0), flip=True, photometric=True, antialias=False)
-    assert given == [defaults | expected]
-
-
-class OneImage:
-    """A split of one small image, 10 x 14 pixels, again and again."""
+class SmallImages:
+    """A split of noise: images of 10 x 14 and 14 x 9 pixels in turn, named a, b, c, ..."""
 
     antialias = True
 
-    def __init__(self, count=1, white=False):
+    def __init__(self, names="ab"):
+        self.names = list(names)
         generator = torch.Generator().manual_seed(4)
-        self.pixels = torch.randint(0, 256, (3, 10, 14), dtype=torch.uint8, generator=generator)
-        if white:
-            self.pixels.fill_(255)
-        self.names = [str(i) for i in range(count)]
+        self.images = []
+        for i in range(len(names)):
+            size = (3, 10, 14) if i % 2 == 0 else (3, 14, 9)
+            image = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+            self.images.append(image)
 
     def __len__(self):
         return len(self.names)
 
     def image(self, i):
-        return self.pixels
+        return self.images[i]
 
 
-def padded_settings(**changes):
-    """The image keeps its 10 x 14 pixels in a crop of 24; nothing but the noise is random."""
+OWN = dataclasses.replace(
+    own_images("own", ("cat", "dog", "grass")),
+    prompts=("a photo of a {}", "the {}"),
+    numbers=dict(
+        rectify_epochs=3, rectify_poly_epochs=5, crop=24,
+        rectify_long_side=28, rectify_short_side=20,
+        distill_epochs=3, distill_batch=2, distill_crop=24,
+        distill_long_side=28, distill_short_side=20,
+        prompt_length=4, positional_gain=0.2, tau_1=0.3, tau=0.2, top_k=2,
+        student="tiny", backbone_weights="none",
+    ),
+)
+
+
+@pytest.fixture
+def start(clip, tmp_path):
+    """start("rectify", out, lr=0.5, ...) trains on four images for 3 epochs. -> the model
+
+    Rectification takes 12 steps, distillation 6; its teacher has learnt nothing.
+    """
+
+    def start(stage, out, names="abcd", clip=clip, seed=0, resume=False, overwrite=False, **given):
+        options, settings = train.hyper_parameters(OWN, **given)
+        split = SmallImages(names)
+        labels_path = tmp_path / out / "image_labels.json"
+        run = train.Run(stage, tmp_path / out, seed, resume=resume, overwrite=overwrite)
+        if stage == "rectify":
+            return train.rectify(OWN, options, settings, split, clip, labels_path, run)
+        teacher = train.new_reclip(clip, OWN, options, settings, seed=0).eval()
+        return train.distill(OWN, settings, split, teacher, labels_path, run)
+
+    return start
+
+
+def file_of(folder, stage="rectify"):
+    return torch.load(folder / f"{stage}.pt", weights_only=True)
+
+
+def log_of(folder, stage="rectify"):
+    with (folder / f"{stage}_log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def equal(a, b):
+    """Nested dicts and lists are equal, their tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def effect_at(patch, name, call, effect):
+    """From now on effect(result) stands for the result of the call-th call of train.<name>."""
+    function = getattr(train, name)
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        result = function(*arguments)
+        return effect(result) if len(calls) == call else result
+
+    patch.setattr(train, name, counted)
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+# --- The loops, literally -------------------------------------------------------------------------
+
+class DoubleRun(train.Run):
+    """Images in float64, so that rounding moves no patch from one class to another."""
+
+    def batches(self):
+        for step, images, valid, names in super().batches():
+            yield step, images.double(), valid, names
+
+
+def settings_without_chance(**changes):
+    """Images keep their size and stand in the upper left of a crop of 24 x 24 pixels.
+
+    Of the two stages each test needs one: the sides of the other would show if they were taken.
+    """
     fixed = dict(
-        crop=24,
-        distill_crop=24,
-        rectify_long_side=14,
-        rectify_short_side=10,
-        distill_long_side=14,
-        distill_short_side=10,
-        resize_from=1.0,
-        resize_to=1.0,
-        flip=False,
-        photometric=False,
-        weight_decay=0.0,
-        rectify_epochs=1,
-        distill_epochs=1,
-        distill_batch=1,
+        rectify_epochs=2, rectify_poly_epochs=3, lr=0.5, momentum=0.8, weight_decay=0.01,
+        poly_power=0.7, resize_from=1.0, resize_to=1.0, flip=False, photometric=False,
+        crop=40, rectify_long_side=99, rectify_short_side=98,
+        distill_crop=40, distill_long_side=97, distill_short_side=96,
     )
-    return dataclasses.replace(datasets.find_settings("voc"), **(fixed | changes))
+    return train.Settings(**(fixed | changes))
 
 
-def padded_model(clip, recipe, **changes):
-    """A ReCLIP on the small CLIP whose masks are not settled."""
-    torch.manual_seed(1)
-    W_q = F.normalize(torch.randn(4, 12), dim=1)
-    arguments = dict(prompt_length=6, tau_1=0.3, tau=0.2, positional_gain=0.2, recipe=recipe)
-    return ReCLIP(clip, ["cat", "dog", "grass", "tree"], W_q=W_q, **(arguments | changes))
+def unsettled_model(clip, **options):
+    """A ReCLIP in float64 with C = 4, whose masks depend on noise and on every part."""
+    W_q = nn.functional.normalize(torch.randn(4, 12), dim=1)
+    fixed = dict(prompt_length=6, tau_1=0.3, tau=0.2, positional_gain=0.2)
+    names = ["cat", "dog", "grass", "tree"]
+    return ReCLIP(clip, names, W_q=W_q, **(fixed | options)).double()
 
 
-def logged_loss(folder, stage):
-    (row,) = csv.DictReader((folder / f"{stage}_log.csv").open())
-    return float(row["loss"])
+LABELS = {
+    "a": torch.tensor([True, False, True, True]),
+    "b": torch.tensor([False, True, False, False]),
+}
 
 
-def padded_pixels(split, mean, std):
-    """The image in the upper left corner of 24 x 24 pixels, normalized; the rest is 0."""
-    pixels = torch.zeros(3, 24, 24, dtype=torch.float64)
-    pixels[:, :10, :14] = plain_pixels(split.pixels.double() / 255, mean, std)
-    return pixels
+def order_of(seed, epoch, count):
+    """Every epoch has its own order of the images."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
 
 
-@pytest.mark.parametrize("recipe", READINGS)
-def test_a_step_of_rectification_on_a_padded_image(clip, tmp_path, recipe):
-    """Loss and gradient by Eq. (1)-(5) written out: all 6 x 6 patches take part in Eq. (4)-(5),
-    though the image is on 3 x 4 of them alone (as released)."""
-    model, split = padded_model(clip, recipe), OneImage()
-    vectors = model.reference.vectors.detach().double().requires_grad_()
-    net = {key: value.double() for key, value in model.positional.state_dict().items()}
-    labels = torch.tensor([True, False, True, True])
-    run = train.Run("rectify", tmp_path, {})
-    settings = padded_settings()
-    train.train_rectification(model, split, {"0": labels}, settings, run)
-    learnt_vectors = model.reference.vectors.detach().double()
-
-    model.double()
-    gelu, mean, std = READINGS[recipe]
-    Z = plain_features(model.clip.state_dict(), padded_pixels(split, mean, std), gelu)  # (D, 6, 6)
-    W_r = encode_prompted_plain(model.clip, vectors, model.reference.endings)
-    W_r = W_r / W_r.norm()
-    p = model.clip.visual.positional_grid(6, 6)[0]
-    M_p = 0.2 * plain_positional(net, p, training=True, last_relu=True)
-    M = torch.einsum("dhw,cd->chw", Z, model.W_q) - torch.einsum("dhw,cd->chw", Z, W_r) - M_p
-
-    # The noise of step 0 of seed 0, as the class Run seeds it.
-    noise = noise_of(7_368_787, torch.empty(1, 4, 6, 6))[0].double()
-    soft = (M / 0.3 + noise).softmax(0)
-    best = soft.argmax(0)                                                       # (6, 6)
-    hard = torch.stack([(best == c).double() for c in range(4)])
-    masks = hard + soft - soft.detach()
-
-    def loss_over(masks, Z, patches):
-        loss = 0
-        for c in (0, 2, 3):
-            S = (masks[c] * Z).flatten(1).sum(1) / patches @ model.W_q.T        # (C,)
-            loss = loss - (S / 0.2).log_softmax(0)[c] / 3
-        return loss
-
-    loss = loss_over(masks, Z, 36)
-    assert logged_loss(tmp_path, "rectify") == pytest.approx(loss.item(), abs=2e-5)
-    # It would be another number over the patches of the image alone.
-    only = loss_over(masks[:, :3, :4], Z[:, :3, :4], 12)
-    assert abs(only.item() - loss.item()) > 1e-2
-
-    loss.backward()
-    assert vectors.grad.abs().max() > 1e-6
-    expected = vectors.detach() - settings.lr * vectors.grad                    # one step of SGD
-    moved = (learnt_vectors - vectors.detach()).norm()
-    assert (learnt_vectors - expected).norm() < 0.02 * moved
+def padded(image):
+    """uint8 (3, H, W) -> (3, 24, 24) in [0, 1], and where the image is (24, 24)."""
+    H, W = image.shape[1:]
+    canvas = torch.zeros(3, 24, 24, dtype=torch.float64)
+    canvas[:, :H, :W] = image.double() / 255
+    valid = torch.zeros(24, 24, dtype=torch.bool)
+    valid[:H, :W] = True
+    return canvas, valid
 
 
-@pytest.mark.parametrize("recipe", READINGS)
-def test_a_step_of_distillation_on_padded_images(clip, tmp_path, recipe):
-    """Eq. (6)-(8) on whole arrays. Teacher and student each see the image in their own
-    normalization, the teacher in that of its recipe; padding is 0 for both, carries no
-    pseudo-label and no features; in Eq. (4)-(5) all patches of the student take part."""
-    teacher, split = padded_model(clip, recipe), OneImage()
-    settings = padded_settings(student="tiny", backbone_weights="none", mask_tau=0.1)
-    student = train.new_student(teacher, settings, seed=2)
-    copy = deepcopy(student).double().train()
-    labels = torch.tensor([True, False, True, True])
-    run = train.Run("distill", tmp_path, {})
-    train.train_distillation(teacher, student, split, {"0": labels}, settings, run)
-
-    # The teacher: M and Z, enlarged from 6 x 6 patches of 4 pixels.
-    teacher.double().eval()
-    gelu, mean, std = READINGS[recipe]
-    Z = plain_features(teacher.clip.state_dict(), padded_pixels(split, mean, std), gelu)[None]
-    M = teacher.rectify(Z).rectified
-
-    def enlarged(grid):
-        return F.interpolate(grid, scale_factor=4, mode="bilinear", align_corners=False)
-
-    pseudo_labels = enlarged(M).argmax(1)                                       # (1, 24, 24)
-
-    # The student, on ImageNet's constants whatever the recipe.
-    x = copy.backbone(padded_pixels(split, *IMAGENET)[None])
-    own_Z = F.normalize(copy.aspp(x), dim=1)                                    # (1, D, 6, 6)
-    own_M = torch.einsum("bdhw,cd->bchw", own_Z, copy.W_q - copy.W_r)
-
-    log_p = (enlarged(own_M) / 0.1).log_softmax(1)
-    right = log_p.gather(1, pseudo_labels[:, None])[0, 0]                       # (24, 24)
-    mask_loss = -right[:10, :14].mean()
-    difference = (enlarged(Z) - enlarged(own_Z)).abs().sum(1)[0]                # (24, 24)
-    feature_loss = difference[:10, :14].mean()
-
-    noise = noise_of(7_368_787, torch.empty(1, 4, 6, 6))[0].double()
-    best = (own_M[0] / 0.3 + noise).argmax(0)
-    text_loss = 0
-    for c in (0, 2, 3):
-        S = own_Z[0][:, best == c].sum(1) / 36 @ teacher.W_q.T
-        text_loss = text_loss - (S / 0.2).log_softmax(0)[c] / 3
-
-    expected = (mask_loss + 0.5 * feature_loss + 0.5 * text_loss).item()
-    assert logged_loss(tmp_path, "distill") == pytest.approx(expected, rel=2e-5)
-    # With the padding it would be another number.
-    assert abs(right.mean() + mask_loss) > 1e-3 < abs(difference.mean() - feature_loss)
+def of_length_1(Z):
+    """(D, h, w)"""
+    return Z / Z.square().sum(0).sqrt()
 
 
-@pytest.mark.parametrize("recipe", READINGS)
-def test_what_enters_the_networks_in_distillation(clip, tmp_path, recipe):
-    """A white image: (1 - mean) / std of the teacher's recipe, and of ImageNet for the student."""
-    teacher = padded_model(clip, recipe)
-    settings = padded_settings(student="tiny", backbone_weights="none")
-    student = train.new_student(teacher, settings, seed=2)
-    assert student.recipe == teacher.recipe == recipe
-    seen = []
-    for part in (teacher.dense_visual.conv1, student.backbone[0]):
-        part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
-    labels = {"0": torch.ones(4, dtype=torch.bool)}
-    run = train.Run("distill", tmp_path, {})
-    train.train_distillation(teacher, student, OneImage(white=True), labels, settings, run)
-
-    for pixels, (mean, std) in zip(seen, (READINGS[recipe][1:], IMAGENET), strict=True):
-        expected = torch.zeros(1, 3, 24, 24)
-        for color in range(3):
-            expected[:, color, :10, :14] = (1 - mean[color]) / std[color]
-        torch.testing.assert_close(pixels, expected)
-        assert ((pixels == 0) == (expected == 0)).all()
+def masks_of(M, tau_1, noise):
+    """Eq. (4), (B, C, h, w): hard masks whose gradient is that of the softmax."""
+    soft = (M / tau_1 + noise).softmax(1)
+    return reference.hard_masks(M, tau_1, noise) + soft - soft.detach()
 
 
-def test_contexts_distillation_sees_images_smaller_than_its_crop(make_clip, tmp_path, monkeypatch):
-    """Their short side is 0.5 to 2 times 520 pixels at most, the crop 480 (as released). What is
-    padded has the pseudo-label IGNORE and is no place of Eq. (7); all else has a class."""
-    clip = make_clip(patch=16)  # 30 x 30 patches
-    teacher = padded_model(clip, "cvpr2024")
-    settings = dataclasses.replace(
-        datasets.find_settings("context"),
-        student="tiny",
-        backbone_weights="none",
-        photometric=False,
-        distill_batch=2,
-        distill_epochs=1,
+def sgd_step(parameters, loss, velocity, lr, momentum=0.8, weight_decay=0.01):
+    """In place: v <- momentum v + gradient + weight_decay p, then p <- p - lr v."""
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    with torch.no_grad():
+        for (name, p), gradient in zip(parameters.items(), gradients):
+            assert gradient.abs().max() > 1e-9, name
+            velocity[name] = momentum * velocity.get(name, 0) + gradient + weight_decay * p
+            p -= lr * velocity[name]
+
+
+@pytest.mark.parametrize("recipe, pool", [("cvpr2024", "global"), ("2025", "mask")])
+def test_rectification_is_this_loop(clip, tmp_path, recipe, pool):
+    """Eq. (1)-(5), SGD, the poly rule. All 6 x 6 patches count, padding too (as released)."""
+    split = SmallImages()
+    settings = settings_without_chance(crop=24, rectify_long_side=14, rectify_short_side=10)
+    model = unsettled_model(clip, recipe=recipe, pool=pool)
+    before = deepcopy(model.state_dict())
+    train.train_rectification(
+        model, split, LABELS, settings, DoubleRun("rectify", tmp_path, seed=3)
     )
-    pseudo_labels, valid, images = [], [], []
-    mask_loss, feature_loss = train.mask_guided_loss, train.feature_guided_loss
 
-    def recorded_mask_loss(logits, labels, *more):
-        pseudo_labels.extend(labels)
-        return mask_loss(logits, labels, *more)
+    learning = {}
+    for name, parameter in before.items():
+        if name == "reference.vectors" or name.startswith("positional.net."):
+            if parameter.is_floating_point() and "running" not in name:
+                learning[name] = parameter.clone().requires_grad_()
+    state = {name[5:]: tensor for name, tensor in before.items() if name.startswith("clip.")}
+    W_q = before["W_q"]
+    p = reference.positional_table(state, 6, 6)
 
-    def recorded_feature_loss(Z, Z_student, where, *more):
-        valid.extend(where)
-        return feature_loss(Z, Z_student, where, *more)
+    velocity = {}
+    expected_rows = []
+    for step in range(4):
+        epoch = step // 2
+        i = order_of(3, epoch, 2)[step % 2]
+        pixels, valid = padded(split.images[i])
+        pixels = reference.normalized(pixels, COLORS[recipe], valid)
+        Z = of_length_1(reference.patch_vectors(state, pixels, GELU[recipe]))   # (D, 6, 6)
 
-    monkeypatch.setattr(train, "mask_guided_loss", recorded_mask_loss)
-    monkeypatch.setattr(train, "feature_guided_loss", recorded_feature_loss)
-    student = train.new_student(teacher, settings, seed=2)
-    student.register_forward_pre_hook(lambda module, inputs: images.extend(inputs[0].clone()))
-    split = OneImage(count=6, white=True)
-    labels = {name: torch.ones(4, dtype=torch.bool) for name in split.names}
+        W_r = reference.reference_heads(
+            state, learning["reference.vectors"], model.reference.endings
+        )
+        net = {name[11:]: tensor for name, tensor in (before | learning).items()}
+        M_p = reference.positional_map(net, p, training=True, gain=0.2)
+        M = reference.rectified_logits(Z, W_q, W_r, M_p)                        # (C, 6, 6)
+
+        noise = reference.gumbel_noise(4 * 7_368_787 + step, (1, 4, 6, 6))
+        masks = masks_of(M[None], 0.3, noise)
+        found = LABELS[split.names[i]][None]
+        loss = reference.contrastive_loss(Z[None], masks, W_q, found, 0.2, pool)
+
+        lr = 0.5 * (1 - epoch / 3) ** 0.7
+        sgd_step(learning, loss, velocity, lr)
+        expected_rows.append((step, loss.item(), lr))
+
+    after = model.state_dict()
+    for name, parameter in learning.items():
+        close(after[name], parameter.detach(), 1e-6)
+    rows = [(int(row["step"]), float(row["loss"]), float(row["lr"])) for row in log_of(tmp_path)]
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+    # Besides, nothing has moved but what the batch norms count.
+    for name in before.keys() - learning.keys():
+        counted = name.startswith("positional.") and "running" in name or "num_batches" in name
+        assert torch.equal(after[name], before[name]) != counted, name
+
+
+def test_distillation_is_this_loop(clip, tmp_path):
+    """Eq. (6)-(8) on whole arrays. Each network sees its own normalization, padding is 0 for both.
+
+    Padding has no mask of the teacher's and no features to learn; in Eq. (4)-(5) all cells count.
+    """
+    split = SmallImages()
+    settings = settings_without_chance(
+        student="tiny", backbone_weights="none", distill_epochs=3, distill_batch=2, distill_lr=0.3,
+        distill_lr_floor=0.2, alpha=0.4, beta=0.3,
+        distill_crop=24, distill_long_side=14, distill_short_side=10,
+    )
+    teacher = unsettled_model(clip, pool="mask").eval()
+    student = train.new_student(teacher, OWN, settings, seed=2).double()
+    copy = deepcopy(student)
+    before = deepcopy(teacher.state_dict())
+    teacher.train()  # the loop must put it into eval mode: its batch norms would learn
     train.train_distillation(
-        teacher, student, split, labels, settings, train.Run("distill", tmp_path, {})
+        teacher, student, split, LABELS, settings, DoubleRun("distill", tmp_path, seed=3)
     )
 
-    assert len(images) == len(pseudo_labels) == len(valid) == 6
-    heights = []
-    for image, pseudo, where in zip(images, pseudo_labels, valid, strict=True):
-        assert image.shape == (3, 480, 480)
-        inside = image[0] == 1
-        height, width = int(inside[:, 0].sum()), int(inside[0].sum())
-        assert inside[:height, :width].all() and inside.sum() == height * width
-        # 10 x 14 pixels: r * 520 wide, 10 / 14 of that high, as far as it fits into the crop
-        assert height >= 185 and (width == 480 or abs(height / width - 10 / 14) < 0.005)
-        assert width < 480 or height >= 342
-        assert torch.equal(where, inside)
-        assert torch.equal(pseudo == datasets.IGNORE, ~inside)
-        assert pseudo[inside].max() < 4
-        heights.append(height)
-    assert min(heights) < 480 and len(set(heights)) > 2
+    state = {name[5:]: tensor for name, tensor in before.items() if name.startswith("clip.")}
+    net = {name[11:]: tensor for name, tensor in before.items() if name.startswith("positional.")}
+    W_q = before["W_q"]
+    W_r = reference.reference_heads(
+        state, before["reference.vectors"], teacher.reference.endings
+    ).detach()
+    M_p = reference.positional_map(net, reference.positional_table(state, 6, 6), gain=0.2)
+    learning = dict(copy.named_parameters())
+
+    velocity = {}
+    expected_rows = []
+    for step in range(3):
+        order = order_of(3, step, 2)
+        found = torch.stack([LABELS[split.names[i]] for i in order])
+        seen = [padded(split.images[i]) for i in order]
+        student_pixels = [
+            reference.normalized(image, reference.IMAGENET_COLORS, valid) for image, valid in seen
+        ]
+        x = copy.aspp(copy.backbone(torch.stack(student_pixels)))               # (2, D, 6, 6)
+        Z_student = torch.stack([of_length_1(vectors) for vectors in x])
+        M_student = torch.stack([reference.student_logits(Z, W_q, W_r) for Z in Z_student])
+
+        mask_loss = feature_loss = pixels = 0
+        for b, (image, valid) in enumerate(seen):
+            image = reference.normalized(image, COLORS["cvpr2024"], valid)
+            Z = of_length_1(reference.patch_vectors(state, image, GELU["cvpr2024"]))
+            M = reference.rectified_logits(Z, W_q, W_r, M_p)
+            teacher_mask = reference.enlarge(M, 4, 24, 24).argmax(0)            # (24, 24)
+
+            log_p = (reference.enlarge(M_student[b], 4, 24, 24) / 0.2).log_softmax(0)
+            log_p = log_p.gather(0, teacher_mask[None])[0]                      # (24, 24)
+            mask_loss = mask_loss - log_p[valid].sum()
+            difference = reference.enlarge(Z - Z_student[b], 4, 24, 24).abs().sum(0)
+            feature_loss = feature_loss + difference[valid].sum()
+            pixels = pixels + valid.sum()
+
+        noise = reference.gumbel_noise(4 * 7_368_787 + step, (2, 4, 6, 6))
+        masks = masks_of(M_student, 0.3, noise)
+        text_loss = reference.contrastive_loss(Z_student, masks, W_q, found, 0.2, "mask")
+        mask_loss, feature_loss = mask_loss / pixels, feature_loss / pixels
+        loss = mask_loss + 0.4 * feature_loss + 0.3 * text_loss
+
+        lr = max(0.3 * (1 - step / 3) ** 0.7, 0.2)
+        sgd_step(learning, loss, velocity, lr)
+        parts = (loss, mask_loss, feature_loss, text_loss)
+        expected_rows.append([step, *(part.item() for part in parts), lr])
+
+    assert expected_rows[-1][-1] == 0.2 < expected_rows[1][-1]  # the floor has been reached
+    for row, expected in zip(log_of(tmp_path, "distill"), expected_rows, strict=True):
+        assert [float(number) for number in row.values()] == pytest.approx(expected, rel=1e-5)
+    for name, parameter in student.named_parameters():
+        close(parameter.detach(), learning[name].detach(), 1e-6)
+    assert equal(teacher.state_dict(), before)
+    close(student.W_q, W_q)
+    close(student.W_r, W_r, 1e-6)
 
 
-def test_help_shows_defaults_and_sources(capsys):
+@pytest.mark.parametrize("given, expected", [
+    ({}, 0.2), ({"head": "original"}, 1.0), ({"mask_tau": 0.7}, 0.7),
+])
+def test_temperature_of_the_mask_guided_loss(start, monkeypatch, given, expected):
+    """That of Eq. (5) unless it is given; 1 for a classifier, which learns its own scale."""
+    seen = []
+    loss = train.mask_guided_loss
+
+    def recorded(logits, masks, tau, to_pixels):
+        seen.append(tau)
+        return loss(logits, masks, tau, to_pixels)
+
+    monkeypatch.setattr(train, "mask_guided_loss", recorded)
+    start("distill", "run", distill_epochs=1, **given)
+    assert seen == [expected] * 2
+
+
+def test_features_of_unchanging_images_are_computed_once(clip):
+    split = SmallImages("aca")
+    split.names = list("abc")
+    split.images[1] = split.images[0].flip(2)  # one size, for a batch of whole images
+    augment = Augment(0, 0, crop=0, flip=False, photometric=False)
+    stream = TrainingStream(split, augment, seed=5)
+    model = unsettled_model(clip).float()
+    expected = {}
+    for s in range(3):
+        image, _, name = stream[s]
+        expected[name] = model.features(image[None])[0]
+
+    features = train.frozen_features(model, stream, "cpu")
+    model.features = None  # it is not called any more
+
+    close(features(None, None, ["c", "a"]), torch.stack([expected["c"], expected["a"]]), 1e-5)
+
+
+class Weighted(ReCLIP):
+    """M = M_q - weight * M_b: an idea of one's own, with a number that learns."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def rectify(self, Z):
+        output = super().rectify(Z)
+        M_b = output.query - output.rectified
+        return output._replace(rectified=output.query - self.weight * M_b)
+
+
+def test_a_parameter_hung_on_the_model_learns_and_is_kept(clip, tmp_path):
+    model = Weighted(clip, ["cat", "dog", "grass", "tree"], W_q=torch.eye(4, 12), tau_1=0.3)
+    settings = settings_without_chance()
+    train.train_rectification(
+        model, SmallImages(), LABELS, settings, train.Run("rectify", tmp_path)
+    )
+
+    assert abs(model.weight.item() - 1) > 1e-4
+    assert torch.equal(file_of(tmp_path)["learnt"]["weight"], model.weight)
+    assert torch.equal(Weighted.load(tmp_path / "rectify.pt", clip).weight, model.weight)
+
+    # The student would leave it out without a word.
+    with pytest.raises(ValueError) as caught:
+        train.new_student(model, OWN, settings, seed=0)
+    assert "the teacher has learnt weight, which DeepLabV2.rectify does not" in sentence(caught)
+
+
+# --- The models that the loops start from ---------------------------------------------------------
+
+def test_options_and_protocols_reach_both_models(clip):
+    context = DATA["context"]
+    given = dict(
+        prompt_length=3, prompt_per_class=True, reference_norm="class", query_learnable=True,
+        positional_channels=1, positional_last_relu=False, positional_gain=0.5, subtract=True,
+        tau_1=0.5, tau=0.25, pool="mask", cut_names=True, recipe="2025",
+    )
+    options, settings = train.hyper_parameters(
+        context, **given, student="tiny", backbone_weights="none"
+    )
+    dataset = dataclasses.replace(OWN, antialias=context.antialias)
+    model = train.new_reclip(clip, dataset, options, settings, seed=0)
+    student = train.new_student(model.eval(), dataset, settings, seed=0)
+
+    assert dataclasses.asdict(model.options) == given
+    assert model.prompts == OWN.prompts
+    assert model.class_names == student.class_names == OWN.classes
+    assert model.protocol == dict(long_side=2048, short_side=448, antialias=False, denoise=0.6)
+    assert student.protocol == dict(long_side=520, short_side=520, antialias=False, denoise=0.0)
+
+
+def test_models_are_functions_of_their_seed(clip):
+    options, settings = train.hyper_parameters(OWN)
+
+    def made(seed):
+        torch.rand(5)  # what was drawn before must not matter
+        teacher = train.new_reclip(clip, OWN, options, settings, seed)
+        torch.rand(5)
+        student = train.new_student(teacher.eval(), OWN, settings, seed)
+        return [teacher.state_dict(), student.state_dict()]
+
+    first, other = made(3), made(4)
+    assert equal(first, made(3))
+    assert not equal(first[0], other[0]) and not equal(first[1], other[1])
+
+
+def test_a_student_inherits_the_heads_and_if_wanted_the_positions(clip):
+    options, settings = train.hyper_parameters(OWN, head="query_reference_positional")
+    teacher = train.new_reclip(clip, OWN, options, settings, seed=0).eval()
+    student = train.new_student(teacher, OWN, settings, seed=0)
+
+    W_q, W_r = teacher.heads()
+    M_p = teacher.positional(clip.visual.positional_grid(3, 3))  # the grid that CLIP was trained on
+    close(student.W_q, W_q)
+    close(student.W_r, W_r)
+    close(student.M_p, M_p.detach(), 1e-6)
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(prompt_length=0), "rectify again with prompt_length above 0"),
+    (dict(subtract=False), "subtracts the Reference, which this teacher does not"),
+    (dict(positional_channels=0, head="query_reference_positional"), "this teacher has none"),
+])
+def test_a_head_that_the_teacher_cannot_fill_is_refused(clip, given, words):
+    options, settings = train.hyper_parameters(OWN, **given)
+    teacher = train.new_reclip(clip, OWN, options, settings, seed=0).eval()
+    with pytest.raises(ValueError) as caught:
+        train.new_student(teacher, OWN, settings, seed=0)
+    assert words in sentence(caught)
+
+
+# --- Hyper-parameters -----------------------------------------------------------------------------
+
+# The released numbers. Rectification: sides, crop, epochs, horizon of the poly rule.
+RECTIFICATION = {
+    #                          long  short  crop  epochs  horizon
+    ("voc", "cvpr2024"):      (2048,   512,  512,    200,     200),
+    ("voc", "2025"):          (2048,   336,  336,     51,     200),
+    ("context", "cvpr2024"):   (520,   520,  480,    150,     150),
+    ("context", "2025"):      (2048,   448,  480,     51,     400),
+    ("ade20k", "cvpr2024"):   (2048,   512,  512,    150,     150),
+    ("ade20k", "2025"):       (2048,   512,  512,    101,     600),
+}
+
+# The same in both recipes: threshold t, K labels, denoising; then distillation.
+BOTH_RECIPES = {
+    #            t   K  denoise  long  short  crop  epochs
+    "voc":      (23, 2,     0.5, 2048,   512,  512,    100),
+    "context":  (20, 6,     0.6,  520,   520,  480,    150),
+    "ade20k":   (21, 5,     0.5, 2048,   512,  512,    150),
+}
+
+# The same everywhere.
+EVERYWHERE = dict(
+    rectify_batch=1, lr=0.01, momentum=0.9, weight_decay=5e-4, poly_power=0.9,
+    distill_batch=16, distill_lr=0.01, distill_lr_floor=1e-4, mask_tau=None, alpha=0.5, beta=0.5,
+    resize_from=0.5, resize_to=2.0, flip=True, photometric=True,
+    head="query_reference", student="resnet101", backbone_weights="imagenet",
+    prompt_length=73, prompt_per_class=False, reference_norm="frobenius", query_learnable=False,
+    positional_channels=None, positional_last_relu=True, positional_gain=1.0, subtract=True,
+    tau_1=0.001, tau=None, pool="global", cut_names=False,
+)
+
+
+@pytest.mark.parametrize("data, recipe", RECTIFICATION)
+def test_the_numbers_of_both_recipes(data, recipe):
+    long_side, short_side, crop, epochs, horizon = RECTIFICATION[data, recipe]
+    t, K, denoise, *distillation = BOTH_RECIPES[data]
+    expected = EVERYWHERE | dict(
+        recipe=recipe, rectify_long_side=long_side, rectify_short_side=short_side, crop=crop,
+        rectify_epochs=epochs, rectify_poly_epochs=horizon,
+        threshold=t, top_k=K, denoise=denoise,
+        distill_long_side=distillation[0], distill_short_side=distillation[1],
+        distill_crop=distillation[2], distill_epochs=distillation[3],
+    )
+
+    options, settings = train.hyper_parameters(DATA[data], recipe)
+    assert dataclasses.asdict(options) | dataclasses.asdict(settings) == expected
+    if recipe == "cvpr2024":  # the paper's, so it is the default
+        assert train.hyper_parameters(DATA[data]) == (options, settings)
+
+
+def hyper_parameters_of(*arguments):
+    """Those that the command line leads to, as one dict."""
+    _, _, options, settings = train.parse_arguments(list(arguments))
+    return dataclasses.asdict(options) | dataclasses.asdict(settings)
+
+
+def test_the_command_line_comes_before_the_data_set_before_the_default(monkeypatch):
+    numbers = DATA["voc"].numbers | {"lr": 7.0, "pool": "mask"}
+    monkeypatch.setitem(DATA, "voc", dataclasses.replace(DATA["voc"], numbers=numbers))
+
+    found = hyper_parameters_of("--stage", "rectify", "--data", "voc", "--lr", "9", "--tau", "4")
+    assert (found["lr"], found["tau"]) == (9, 4)                    # the command line
+    assert (found["pool"], found["crop"]) == ("mask", 512)          # the entry, its first recipe
+    assert (found["alpha"], found["tau_1"]) == (0.5, 0.001)         # the default
+
+    found = hyper_parameters_of("--data", "voc", "--recipe", "2025", "--lr", "9", "--epochs", "4")
+    assert (found["recipe"], found["crop"], found["rectify_epochs"]) == ("2025", 336, 4)
+    found = hyper_parameters_of("--data", "voc", "--stage", "distill", "--epochs", "4")
+    assert (found["distill_epochs"], found["rectify_epochs"]) == (4, 200)
+
+
+@pytest.mark.parametrize("words, name, value", [
+    (["--top-k", "3"], "top_k", 3),
+    (["--top_k", "3"], "top_k", 3),
+    (["--positional-channels", "1"], "positional_channels", 1),   # an option of the model
+    (["--no-positional-last-relu"], "positional_last_relu", False),
+    (["--query_learnable"], "query_learnable", True),
+    (["--mask-tau", "0.5"], "mask_tau", 0.5),
+    (["--pool", "mask"], "pool", "mask"),
+])
+def test_each_hyper_parameter_is_an_option_and_changes_nothing_else(words, name, value):
+    ordinary = hyper_parameters_of("--data", "voc")
+    assert hyper_parameters_of("--data", "voc", *words) == ordinary | {name: value}
+
+
+def test_help_tells_source_and_values_of_each_data_set(capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(train.Settings):
-        assert f"--{field.name}" in text.split() or f"--{field.name}," in text.split()
-    assert (
-        "learning rate of SGD (Sec. 4.1) [voc 0.01, context 0.01, ade20k 0.01, own 0.01, "
-        "shapes 2]"
-        in text
-    )
+    assert "learning rate of SGD (Sec. 4.1) [0.01, shapes 2025: 2.0]" in text
+    assert "context cvpr2024: 150, ade20k cvpr2024: 150, ade20k 2025: 101, shapes" in text
 
 
-@pytest.mark.parametrize("options", [
-    ["--no_such_flag"], ["--stage", "dance"], ["--lr", "fast"], ["--head", "orignal"],
-])
-def test_unknown_options_end_at_once(options, capsys):
-    with pytest.raises(SystemExit) as caught:
-        train.parse_arguments(options)
-    assert caught.value.code == 2 and options[-1] in capsys.readouterr().err
-
-
-def test_all_stages_on_shapes_end_in_a_table_and_resume(tmp_path, monkeypatch, capsys):
-    """The default command, shortened; stopped inside distillation, it goes on with --resume and
-    skips what is done.
-    """
-    command = [
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-        "--rectify_epochs",
-        "1",
-        "--distill_epochs",
-        "1",
-    ]
-    fail_at(monkeypatch, 3, interrupt, "distillation_loss")
-    monkeypatch.setitem(
-        train.SETTINGS, "shapes", dataclasses.replace(train.SETTINGS["shapes"], distill_batch=256)
-    )
-    monkeypatch.setitem(DATA, "shapes", dataclasses.replace(DATA["shapes"], splits=("val",)))
-    with pytest.raises(KeyboardInterrupt):
-        train.main(command)
-    before = (tmp_path / "rectify.pt").read_bytes()
-    train.main([*command, "--resume"])
-    assert (tmp_path / "rectify.pt").read_bytes() == before
-    lines = capsys.readouterr().out.splitlines()
-    rows = {
-        line[:30].strip(): float(line.split()[-1])
-        for line in lines
-        if line.startswith(("  MaskCLIP", "  +", "  distilled"))
-    }
-    assert list(rows) == [
-        "MaskCLIP (Query only)",
-        "+ Reference",
-        "+ Reference + positional",
-        "distilled",
-    ]
-    for stage in ("clip", "rectify", "distill"):
-        report = json.loads((tmp_path / f"eval_{stage}.json").read_text())
-        assert (tmp_path / f"eval_{stage}.png").is_file() and report["protocol"]["pictures"] == 300
-    assert rows["distilled"] == pytest.approx(100 * report["miou"], abs=0.06)
-
-
-def test_distillation_refuses_a_teacher_of_other_classes(command, tmp_path):
-    train.main(command("run", "--epochs", "1"))
-    with pytest.raises(
-        ValueError, match="rectify.pt was learnt for other classes than shapes's: airplane, "
-    ):
-        train.main(["--stage", "distill", "--device", "cpu", "--out", str(tmp_path / "run")])
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--data", "cityscapes"], "--data cityscapes is neither a folder"),
-        (["--stage", "all", "--data", ".", "--classes", "a, b"], "--stage all evaluates"),
-        (["--rectify_batch", "0"], "rectify_batch is 0"),
-        (["--epochs", "-1"], "rectify_epochs is -1"),
-        (["--split", "nonsense"], "--split nonsense"),
-        (["--recipe", "2025"], "a recipe goes with voc, context and ade20k alone, not with shapes"),
-        (
-            ["--stage", "rectify", "--data", ".", "--classes", "a, b", "--recipe", "cvpr2024"],
-            "a recipe goes with voc, context and ade20k alone",
-        ),
-        (["--device", "cuda:99"], "--device cuda:99"),
-        (["--stage", "rectify", "--split", "val"], "--split goes with --stage all"),
-        (["--epochs", "21"], "rectify_epochs is 21; it must not be above rectify_poly_epochs, 20"),
-        (
-            ["--stage", "rectify", "--prompt_length", "0", "--positional_channels", "0"],
-            "nothing to learn",
-        ),
-        (["--stage", "rectify", "--clip", "nothing.pt"], "nothing.pt"),
-        (
-            [
-                "--stage",
-                "rectify",
-                "--data",
-                "voc",
-                "--root",
-                "nowhere",
-                "--clip",
-                "shapes_clip.pt",
-            ],
-            "nowhere/VOCdevkit/VOC2012/.* is missing",
-        ),
-        (["--stage", "distill"], "learn one first, with python train.py --stage rectify"),
-    ],
-)
-def test_bad_input_ends_in_one_sentence(options, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(train.Path(train.__file__).parent)
-    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
-        train.main([*options, "--out", str(tmp_path)])
-    assert "\n" not in str(caught.value)
-
-
-def test_distillation_resumes_to_the_bit_without_labels_and_knows_its_teacher(
-    command, tmp_path, monkeypatch
-):
-    """On files, label folder gone: stopped and resumed equals uninterrupted; the teacher stays
-    as it was; a state made with one teacher is refused under another.
-    """
-    shutil.rmtree(tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass")
-    train.main(command("teacher", "--epochs", "1"))
-    teacher = str(tmp_path / "teacher" / "rectify.pt")
-    before = ReCLIP.load(teacher).fingerprint()
-
-    def distill(out, *more):
-        arguments = command(
-            out,
-            "--teacher",
-            teacher,
-            "--student",
-            "tiny",
-            "--backbone_weights",
-            "none",
-            "--distill_crop",
-            "32",
-            "--distill_batch",
-            "2",
-            *more,
+def test_settings_reach_the_images():
+    settings = train.Settings(resize_from=0.7, resize_to=1.1, flip=False, photometric=True)
+    split = SmallImages()
+    for split.antialias in (False, True):
+        stream = train.training_stream(split, (99, 88), 77, settings, seed=5)
+        assert stream.seed == 5
+        assert vars(stream.transform) == dict(
+            long_side=99, short_side=88, crop=77, ratio=(0.7, 1.1), flip=False, photometric=True,
+            antialias=split.antialias, changes=True,
         )
-        train.main(["--stage", "distill", *arguments[2:]])
-        return torch.load(tmp_path / out / "distill.pt", weights_only=True)["student"]
-
-    whole = distill("whole")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        fail_at(patch, 4, interrupt, "distillation_loss")
-        distill("parts")
-    assert torch.load(tmp_path / "parts" / "distill_state.pt", weights_only=True)["step"] == 2
-    parts = distill("parts", "--resume")
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    assert ReCLIP.load(teacher).fingerprint() == before
-    train.main(command("teacher", "--epochs", "1", "--seed", "5"))
-    with pytest.raises(ValueError, match="teacher was '.*', now '"):
-        distill("parts", "--resume")
 
 
-def test_cache_keeps_decoded_pictures_and_says_their_size(command, tmp_path, monkeypatch, capsys):
-    """Three epochs of 4 pictures, four readings for the estimate of the size, four for the
-    pseudo-labels: kept, each file is decoded once; not kept, for every use. What is learnt is
-    the same.
-    """
-    decoded, read = [], datasets.read_image
-    monkeypatch.setattr(
-        datasets, "read_image", lambda path, *more: decoded.append(path) or read(path, *more)
-    )
-    train.main(command("kept"))
-    assert len(decoded) == len(set(decoded)) + 4  # the estimate comes before the decision
-    said = capsys.readouterr().out
-    assert "4 training images, decoded about 0.00 GiB: kept in memory" in said
-    decoded.clear()
-    train.main(command("read", "--no-cache"))
-    assert len(decoded) == 4 + 4 + 12 and "not kept in memory" in capsys.readouterr().out
-    kept, again = learnt(tmp_path / "kept"), learnt(tmp_path / "read")
-    assert all(torch.equal(kept[key], again[key]) for key in kept)
+# --- Labels: none is read, CLIP's are kept --------------------------------------------------------
 
+def test_no_label_is_opened_in_training(make_voc, tiny_clip_file, tmp_path, monkeypatch):
+    """Both stages, on files: the label folder is gone, and nobody asks for one of its files."""
+    root = make_voc({"train": 3})
+    shutil.rmtree(root / "VOCdevkit" / "VOC2012" / "SegmentationClass")
+    (tmp_path / "prompts.txt").write_text("a photo of a {}\n")
+    asked = []
+    real_open = builtins.open
 
-def test_the_table_measures_each_stage_by_its_own_protocol(monkeypatch, tmp_path):
-    measured = []
+    def recorded(file, *arguments, **more):
+        asked.append(str(file))
+        return real_open(file, *arguments, **more)
 
-    def evaluate(model, stage, facts, split, dataset, protocol, out, others, workers):
-        drawn = [(column.stage, column.protocol) for column in others]
-        measured.append((stage, protocol, dataset.short_side, drawn))
-        return {"miou": 0.5}
-
-    monkeypatch.setattr(train, "evaluate_stage", evaluate)
-    rows = [("teacher", None, "rectify", tmp_path, [])]
-    rows += [("student", None, "distill", tmp_path, ["teacher"])]
-    settings = datasets.find_settings("context", "2025")
-    train.print_table(rows, DATA["context"], "val", None, settings, 0)
-    of_teacher, of_student = Protocol(2048, 448, denoise=0.6), Protocol(520, 520)
-    assert measured == [
-        ("rectify", of_teacher, 448, []),
-        ("distill", of_student, 520, [("rectify", of_teacher)]),
+    monkeypatch.setattr(builtins, "open", recorded)  # Pillow's
+    monkeypatch.setattr(io, "open", recorded)        # pathlib's
+    arguments = [
+        "--data", "voc", "--root", str(root), "--clip", str(tiny_clip_file), "--device", "cpu",
+        "--out", str(tmp_path / "run"), "--epochs", "1", "--crop", "32", "--distill-crop", "32",
+        "--student", "tiny", "--backbone-weights", "none", "--distill-batch", "2",
     ]
+    train.main(["--stage", "rectify", *arguments, "--prompts", str(tmp_path / "prompts.txt")])
+    train.main(["--stage", "distill", *arguments])
+
+    assert any("JPEGImages" in name for name in asked)  # those of images are seen here
+    assert not any("SegmentationClass" in name for name in asked)
+    DeepLabV2.load(tmp_path / "run" / "distill.pt")
 
 
-def test_a_new_student_is_a_function_of_its_seed(clip):
-    teacher = ReCLIP(clip, ["cat", "dog"], W_q=torch.eye(2, 12), prompt_length=2).eval()
-    settings = dataclasses.replace(train.SETTINGS["own"], student="tiny", backbone_weights="none")
+@pytest.fixture
+def label(clip, tmp_path):
+    """label(...) -> the pseudo-labels of three images, as indices, kept in labels.json."""
+    options, settings = train.hyper_parameters(OWN)
 
-    def student(seed):
-        torch.rand(5)  # what was drawn before must not matter
-        return train.new_student(teacher, settings, seed).fingerprint()
+    def start(names="abc", clip=clip, prompts=OWN.prompts, classes=OWN.classes, **changes):
+        dataset = dataclasses.replace(OWN, prompts=prompts, classes=classes)
+        model = train.new_reclip(clip, dataset, options, settings, seed=0)
+        changed = dataclasses.replace(settings, **changes)
+        found = train.label_training_set(
+            model, SmallImages(names), changed, tmp_path / "labels.json"
+        )
+        return {name: row.nonzero()[:, 0].tolist() for name, row in found.items()}
 
-    assert student(3) == student(3) != student(4)
-
-
-def test_the_pooling_reaches_both_losses(command, tmp_path, monkeypatch):
-    pools = []
-
-    def record(name):
-        function = getattr(train, name)
-
-        def recorded(*arguments):
-            bound = inspect.signature(function).bind(*arguments)
-            bound.apply_defaults()
-            pools.append((name, bound.arguments["pool"]))
-            return function(*arguments)
-
-        monkeypatch.setattr(train, name, recorded)
-
-    record("masked_features")
-    record("text_guided_loss")
-    arguments = command("run", "--epochs", "1", "--pool", "mask")
-    train.main(arguments)
-    student = ["--student", "tiny", "--backbone-weights", "none", "--distill-crop", "32"]
-    train.main(["--stage", "distill", *arguments[2:-2], *student, "--distill-batch", "4"])
-    assert set(pools) == {("masked_features", "mask"), ("text_guided_loss", "mask")}
+    return start
 
 
-def test_settings_reach_the_model(clip):
-    """Each that a checkpoint keeps, changed from its default."""
-    settings = dataclasses.replace(
-        train.SETTINGS["own"], prompt_length=3, prompt_per_class=True, reference_norm="class",
-        query_learnable=True, positional_channels=1, positional_last_relu=False,
-        positional_gain=0.5, subtract=False, attention="sclip", tau_1=0.5, tau=0.25, pool="mask",
-        recipe="cvpr2024",
-    )
-    facts = datasets.own_facts("own", ("cat", "dog"))
-    facts = dataclasses.replace(facts, prompts=("a {}", "the {}"))
-    model = train.new_reclip(clip, facts, settings, seed=0)
-    kept = {"prompts": ["a {}", "the {}"], "cut_names": False}
-    for name, value in model.settings.items():
-        assert value == (kept[name] if name in kept else getattr(settings, name)), name
+def test_pseudo_labels_are_the_classes_above_the_threshold_else_the_best(clip, label, capsys):
+    split = SmallImages("abcdef")
+    model = ReCLIP(clip, OWN.classes, prompts=OWN.prompts, prompt_length=4)
+    similarity = {}
+    for thumbnail, name in Thumbnails(split, 12):
+        similarity[name] = model.image_similarity(thumbnail[None])[0].tolist()
+    best = sorted(max(row) for row in similarity.values())
+    threshold = (best[2] + best[3]) / 2  # three of six images reach it
+
+    expected = {}
+    for name, row in similarity.items():
+        expected[name] = [c for c in range(3) if row[c] >= threshold]
+        if not expected[name]:
+            expected[name] = [row.index(max(row))]
+    capsys.readouterr()
+    assert label("abcdef", threshold=threshold, top_k=1) == expected
+
+    # The histogram says how often each class was found.
+    lines = capsys.readouterr().out.splitlines()[1:]
+    for c, line in enumerate(lines):
+        count = sum(c in found for found in expected.values())
+        assert line.split()[:2] == [OWN.classes[c], str(count)]
+        assert ("try a synonym" in line) == (count == 0)
+
+
+def test_pseudo_labels_are_kept_by_name(label, tmp_path):
+    label()
+    content = json.loads((tmp_path / "labels.json").read_text())
+    content["labels"] = {"c": [0], "b": [1], "a": [0, 2]}
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    assert label() == {"a": [0, 2], "b": [1], "c": [0]}
+
+
+@pytest.mark.parametrize("change", [
+    dict(threshold=-200.0), dict(top_k=1), dict(prompts=("the {}",)), dict(names="abd"),
+    dict(classes=("cat", "dog", "tree")), dict(clip="another"),
+])
+def test_pseudo_labels_of_something_else_are_made_anew(label, make_clip, tmp_path, change):
+    if "clip" in change:
+        change = {"clip": make_clip(seed=1)}
+    expected = label(**change)
+    label()
+    content = json.loads((tmp_path / "labels.json").read_text())
+    content["labels"] = {name: [] for name in content["labels"]}
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    assert label(**change) == expected
+
+
+def test_damaged_pseudo_labels_are_made_anew(label, tmp_path):
+    expected = label()
+    path = tmp_path / "labels.json"
+    path.write_text(path.read_text()[:100])
+    assert label() == expected
+
+
+# --- Stop and go on -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage, place, call, saved, steps", [
+    ("rectify", "contrastive_loss", 7, 4, 12),   # in the middle of the second of three epochs
+    ("distill", "distillation_loss", 4, 2, 6),
+])
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(
+    start, tmp_path, monkeypatch, stage, place, call, saved, steps
+):
+    start(stage, "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        effect_at(patch, place, call, interrupt)
+        start(stage, "parts")
+    assert file_of(tmp_path / "parts", stage)["training"]["step"] == saved
+
+    start(stage, "parts", resume=True)
+
+    whole, parts = file_of(tmp_path / "whole", stage), file_of(tmp_path / "parts", stage)
+    assert equal(whole, parts)
+    assert log_of(tmp_path / "whole", stage) == log_of(tmp_path / "parts", stage)
+    assert [int(row["step"]) for row in log_of(tmp_path / "parts", stage)] == list(range(steps))
+    assert parts["training"]["step"] == steps and parts["training"]["optimizer"] is None
+
+    # And none of it is chance: another seed ends elsewhere.
+    start(stage, "other", seed=1)
+    assert not equal(whole["learnt"], file_of(tmp_path / "other", stage)["learnt"])
+
+
+def test_rows_that_the_checkpoint_does_not_know_are_cut_off_the_log(start, tmp_path, monkeypatch):
+    """Stopped after the log of the second epoch was written, and before its checkpoint was."""
+    start("rectify", "whole")
+    save = ReCLIP.save
+
+    def save_once(model, path, **more):
+        if path.exists():
+            raise KeyboardInterrupt
+        save(model, path, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ReCLIP, "save", save_once)
+        start("rectify", "parts")
+    assert len(log_of(tmp_path / "parts")) == 8
+    assert file_of(tmp_path / "parts")["training"]["step"] == 4
+
+    start("rectify", "parts", resume=True)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+def test_resume_with_nothing_there_begins(start, tmp_path):
+    start("rectify", "whole")
+    start("rectify", "run", resume=True)
+    assert equal(file_of(tmp_path / "whole"), file_of(tmp_path / "run"))
+
+
+def test_resume_of_a_finished_training_takes_no_step(start, tmp_path, monkeypatch):
+    trained = start("rectify", "run")
+    before = (tmp_path / "run" / "rectify.pt").read_bytes()
+    monkeypatch.setattr(train, "contrastive_loss", interrupt)
+
+    again = start("rectify", "run", resume=True)
+
+    assert equal(again.learnt(), trained.learnt())
+    assert (tmp_path / "run" / "rectify.pt").read_bytes() == before
+    assert len(log_of(tmp_path / "run")) == 12
+
+
+def test_resume_of_another_training_names_every_difference(start, make_clip, tmp_path):
+    start("rectify", "run")
+    before = (tmp_path / "run" / "rectify.pt").read_bytes()
+    with pytest.raises(ValueError) as caught:
+        start(
+            "rectify", "run", "abce", make_clip(seed=1), seed=3, resume=True,
+            lr=0.5, flip=False, tau=0.3,
+        )
+    message = sentence(caught)
+    assert message.startswith(f"cannot resume {tmp_path / 'run' / 'rectify.pt'}: ")
+    for words in ("lr was 0.01, now 0.5", "flip was True, now False", "tau was 0.2, now 0.3",
+                  "seed was 0, now 3", "clip was '", "images was "):
+        assert words in message
+    assert "crop was" not in message
+    assert (tmp_path / "run" / "rectify.pt").read_bytes() == before
+
+
+def test_resume_under_another_teacher_is_refused(start):
+    start("distill", "run", distill_epochs=1)
+    with pytest.raises(ValueError, match=r"cannot resume .*distill.pt: .*teacher was '"):
+        start("distill", "run", distill_epochs=1, prompt_length=3, resume=True)
+
+
+def test_a_finished_training_of_other_settings_is_replaced_only_when_told_so(start, tmp_path):
+    start("rectify", "run")
+    before = (tmp_path / "run" / "rectify.pt").read_bytes()
+    with pytest.raises(ValueError) as caught:
+        start("rectify", "run", lr=0.5)
+    assert "rectify.pt is the end of another training (lr was 0.01, now 0.5)" in sentence(caught)
+    assert "--out" in sentence(caught) and "--overwrite" in sentence(caught)
+    assert (tmp_path / "run" / "rectify.pt").read_bytes() == before
+
+    start("rectify", "run", lr=0.5, overwrite=True)
+    start("rectify", "other", lr=0.5)
+    assert equal(file_of(tmp_path / "run"), file_of(tmp_path / "other"))
+
+
+def test_a_checkpoint_that_no_training_of_ours_wrote_is_not_replaced(start, clip, tmp_path):
+    """Such as a converted file of the authors'."""
+    ReCLIP(clip, OWN.classes, prompts=OWN.prompts).save(tmp_path / "run" / "rectify.pt")
+    with pytest.raises(ValueError, match="rectify.pt is the end of another training"):
+        start("rectify", "run")
+
+
+def test_the_same_training_and_an_unfinished_one_are_replaced(start, tmp_path, monkeypatch):
+    start("rectify", "run")
+    whole = file_of(tmp_path / "run")
+    start("rectify", "run")
+    assert equal(file_of(tmp_path / "run"), whole)
+    assert len(log_of(tmp_path / "run")) == 12
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        effect_at(patch, "contrastive_loss", 7, interrupt)
+        start("rectify", "unfinished", lr=0.5)
+    start("rectify", "unfinished")
+    assert equal(file_of(tmp_path / "unfinished"), whole)
+
+
+def spoil(tensor):
+    return tensor * float("nan")
+
+
+def spoil_gradient_alone(tensor):
+    tensor.register_hook(lambda gradient: gradient * float("inf"))
+    return tensor
+
+
+@pytest.mark.parametrize("effect", [spoil, spoil_gradient_alone])
+def test_a_number_that_is_not_finite_ends_the_training_before_its_step(
+    start, tmp_path, monkeypatch, effect
+):
+    models = []
+    before = []
+    new_reclip = train.new_reclip
+
+    def recorded(*arguments):
+        models.append(new_reclip(*arguments))
+        return models[0]
+
+    def watched(result):
+        before.append(deepcopy(list(models[0].parameters())))
+        return effect(result)
+
+    monkeypatch.setattr(train, "new_reclip", recorded)
+    effect_at(monkeypatch, "contrastive_loss", 6, watched)
+    with pytest.raises(ValueError) as caught:
+        start("rectify", "run")
+
+    message = sentence(caught)
+    third_of_epoch_1 = "abcd"[order_of(0, 1, 4)[1]]
+    assert f"at step 5 on {third_of_epoch_1}; the step was not taken" in message
+    assert ("the loss is nan" in message) == (effect is spoil)
+    assert equal(list(models[0].parameters()), before[0])
+    assert file_of(tmp_path / "run")["training"]["step"] == 4
+
+
+# --- Several processes, as each of them sees it ---------------------------------------------------
+
+class Numbers(Dataset):
+    """An endless stream of ten images an epoch: item s is the number s."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, s):
+        return torch.tensor([s]), torch.tensor([s % 3 == 0]), str(s)
+
+
+def one_of_two(rank, tmp_path, seed=0):
+    run = train.Run("rectify", tmp_path, seed)
+    run.rank, run.processes = rank, 2
+    run.begin(None, None, epochs=3, batch=2, stream=Numbers(), identity={})
+    return run
+
+
+def test_two_processes_share_the_stream(tmp_path):
+    """Three epochs of ten images, two images a step in each process: eight steps, none twice."""
+    seen = []
+    for rank in (0, 1):
+        run = one_of_two(rank, tmp_path)
+        batches = list(run.batches())
+        assert [step for step, *_ in batches] == list(range(8))
+        for _, images, valid, names in batches:
+            assert [str(s) for s in images.flatten().tolist()] == list(names)
+            assert valid.flatten().tolist() == [s % 3 == 0 for s in images.flatten().tolist()]
+        seen.append([images.flatten().tolist() for _, images, _, _ in batches])
+
+        # The learning rate follows what both have seen: 0, 4, 8, 12, ... of 10 images.
+        assert [run.epoch(step) for step in range(8)] == [0, 0, 0, 1, 1, 2, 2, 2]
+
+    for step in range(8):
+        assert seen[0][step] + seen[1][step] == list(range(4 * step, 4 * step + 4))
+
+
+def test_no_two_steps_processes_or_seeds_have_the_same_noise(tmp_path):
+    drawn = set()
+    for rank in (0, 1):
+        for seed in (0, 1, 2):
+            run = one_of_two(rank, tmp_path, seed)
+            for step in range(8):
+                torch.manual_seed(run.noise_seed(step))
+                drawn.add(torch.rand((), dtype=torch.float64).item())
+    assert len(drawn) == 2 * 3 * 8
+
+
+# --- The whole paper in one command ---------------------------------------------------------------
+
+def test_all_stages_end_in_a_table_of_what_was_measured(trained):
+    rows = {}
+    for line in trained.printed.splitlines():
+        if line.startswith(("  MaskCLIP", "  + ", "  distilled")):
+            rows[line[:30].strip()] = float(line.split()[-1])
+
+    files = {
+        "MaskCLIP (Query only)": "eval_clip.json",
+        "+ Reference": "reference_only/eval_rectify.json",
+        "+ Reference + positional": "eval_rectify.json",
+        "distilled": "eval_distill.json",
+    }
+    assert list(rows) == list(files)
+    for title, name in files.items():
+        report = json.loads((trained.out / name).read_text())
+        assert rows[title] == pytest.approx(100 * report["miou"], abs=0.051)
+
+
+def test_the_second_row_has_no_positional_net(trained):
+    alone = file_of(trained.out / "reference_only")["learnt"]
+    both = file_of(trained.out)["learnt"]
+    assert not any(key.startswith("positional.") for key in alone)
+    assert any(key.startswith("positional.") for key in both)
+
+
+def test_all_stages_resumed_do_nothing_twice(trained, small_shapes, tmp_path, capsys):
+    shutil.copytree(trained.out, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.pt")}
+    train.main([*trained.arguments[:-1], str(tmp_path / "run"), "--resume"])
+
+    assert len(before) == 3
+    assert all(path.read_bytes() == content for path, content in before.items())
+    table = capsys.readouterr().out.split("mIoU\n")[1].split("masks:")[0]
+    assert table == trained.printed.split("mIoU\n")[1].split("masks:")[0]
