@@ -631,29 +631,32 @@ class CLIP(nn.Module):
             position    0   1   2 |  3   4  |    3     4    5     which positional embedding
             owner      -1  -1  -1 |  0   0  |    1     1    1     whose token; -1: the prompt's
 
-        So "plant" reads SOT, v_1, v_2, "potted" and itself.
-
-        Prompts that differ from class to class leave nothing to share: see _encode_own_prompts.
+        So "plant" reads SOT, v_1, v_2, "potted" and itself. Where each class has a prompt of its
+        own, all of them stand behind SOT, each owned by its class.
         """
+        L, E_t = prompt.shape[-2:]
+        prompt_owners = [-1]
         if prompt.ndim == 3:
-            return self._encode_own_prompts(prompt, endings)
+            prompt_owners = range(len(endings))
 
         # The two rows of the example above, and where the last tokens stand in the sequence.
-        prefix_length = 1 + len(prompt)
-        positions = list(range(prefix_length))
-        owners = [-1] * prefix_length
+        positions = [0]
+        owners = [-1]
+        for c in prompt_owners:
+            positions += range(1, 1 + L)
+            owners += [c] * L
         token_ids = []  # of all endings
         last_places = []
         for c, ending in enumerate(endings):
             token_ids += ending
-            positions += range(prefix_length, prefix_length + len(ending))
+            positions += range(1 + L, 1 + L + len(ending))
             owners += [c] * len(ending)
             last_places.append(len(positions) - 1)
 
         device = prompt.device
         position = torch.tensor(positions, device=device)                       # (T,)
         owner = torch.tensor(owners, device=device)                             # (T,)
-        token_ids = torch.tensor(token_ids, device=device)                      # (T - 1 - L,)
+        token_ids = torch.tensor(token_ids, device=device)                      # (all endings,)
         ends = torch.tensor(last_places, device=device)                         # (C,)
 
         # mask[i, j]: may token i (row) read token j (column)?
@@ -663,8 +666,9 @@ class CLIP(nn.Module):
         mask = not_after & (of_prompt | same_owner)                             # (T, T)
 
         start = self.token_embedding.weight[self.sot][None]                     # (1, E_t)
-        names = self.token_embedding(token_ids)                                 # (T - 1 - L, E_t)
-        x = torch.cat([start, prompt, names]) + self.positional_embedding[position]
+        prompts = prompt.reshape(-1, E_t)                                       # (L or C L, E_t)
+        names = self.token_embedding(token_ids)                                 # (endings, E_t)
+        x = torch.cat([start, prompts, names]) + self.positional_embedding[position]
         x = x[None]                                                             # (1, T, E_t)
 
         *blocks, last = self.transformer.resblocks
@@ -674,35 +678,6 @@ class CLIP(nn.Module):
         # Nothing comes after the last block, so it is computed for the last tokens alone.
         x = last(x, mask[ends], rows=ends)[0]                                   # (C, E_t)
         return self.ln_final(x) @ self.text_projection                          # (C, D)
-
-    def _encode_own_prompts(self, prompts, endings):
-        """encode_prompted for a prompt (C, L, E_t) per class: C texts side by side.
-
-        Shorter texts are filled up with EOTs at their end. The tower is causal, so the token that
-        is read, the last of the text itself, does not see them.
-        """
-        C, L, _ = prompts.shape
-        longest = max(len(ending) for ending in endings)
-        token_ids = []
-        last_places = []
-        for ending in endings:
-            filling = [self.eot] * (longest - len(ending))
-            token_ids.append([*ending, *filling])
-            last_places.append(L + len(ending))
-
-        device = prompts.device
-        token_ids = torch.tensor(token_ids, device=device)              # (C, longest)
-        ends = torch.tensor(last_places, device=device)                 # (C,)
-
-        start = self.token_embedding.weight[self.sot].expand(C, 1, -1)  # (C, 1, E_t)
-        names = self.token_embedding(token_ids)                         # (C, longest, E_t)
-        x = torch.cat([start, prompts, names], 1)                       # (C, T, E_t)
-        x = x + self.positional_embedding[:x.shape[1]]
-        for block in self.transformer.resblocks:
-            x = block(x, causal=True)
-
-        x = x[torch.arange(C, device=device), ends]                     # (C, E_t)
-        return self.ln_final(x) @ self.text_projection                  # (C, D)
 
     # ---- Weights ----
 
