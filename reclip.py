@@ -832,7 +832,7 @@ def feature_guided_loss(Z, Z_student, valid, to_pixels, student_to_pixels):
         # channels last: the same numbers, but a CPU enlarges them more than twice as fast
         Z = Z.contiguous(memory_format=torch.channels_last)
         Z_student = Z_student.contiguous(memory_format=torch.channels_last)
-        difference = to_pixels(Z, H, W) - student_to_pixels(Z_student, H, W)  # (B, channels, H, W)
+        difference = student_to_pixels(Z_student, H, W) - to_pixels(Z, H, W)  # (B, channels, H, W)
         return (difference.abs().sum(1) * valid).sum()                  # an L1 norm at each pixel
 
     total = sum_in_groups(of_some_channels, 1, valid.numel(), Z, Z_student)
