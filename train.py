@@ -54,6 +54,8 @@ from datasets import (
     own_images,
     read_classes,
     read_prompts,
+    resize_within,
+    to_float,
 )
 from deeplab import HEADS, STUDENTS, DeepLabV2
 from eval import (
@@ -61,6 +63,7 @@ from eval import (
     distill_protocol,
     evaluate_split,
     plain_clip,
+    protocol_of,
     rectify_protocol,
 )
 from reclip import (
@@ -110,7 +113,7 @@ def train_rectification(model, split, labels, settings, run):
         lr = poly_learning_rate(
             settings.lr, run.epoch(step), settings.rectify_poly_epochs, settings.poly_power
         )
-        set_learning_rate(optimizer, lr)
+        optimizer.param_groups[0]["lr"] = lr
 
         # Which classes do these images hold? CLIP's own guess, made once on the center square of
         # each image, which is how CLIP sees images; no annotation is opened anywhere. The crop may
@@ -187,7 +190,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
             settings.distill_lr, run.epoch(step), settings.distill_epochs, settings.poly_power
         )
         lr = max(lr, settings.distill_lr_floor)
-        set_learning_rate(optimizer, lr)
+        optimizer.param_groups[0]["lr"] = lr
 
         # Which classes do these images hold? CLIP's guess once more, for the text-guided loss.
         present = torch.stack([labels[name] for name in names]).to(run.device)   # (B, C) bool
@@ -365,11 +368,6 @@ def poly_learning_rate(lr, epoch, horizon, power):
     return lr * (1 - min(epoch / horizon, 1)) ** power
 
 
-def set_learning_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def require_finite(loss, parameters, step, names):
     """Ends the training if loss or gradient is NaN or infinite, before it spoils the weights."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -431,9 +429,6 @@ def new_student(teacher, dataset, settings, seed):
     if "reference" in head and not (teacher.options.subtract and teacher.reference is not None):
         raise ValueError(f"head {head!r} subtracts the Reference, which this teacher does not: "
                          "rectify again with prompt_length above 0 and subtract")
-    if "positional" in head and teacher.positional is None:
-        raise ValueError(f"head {head!r} subtracts positional logits, and this teacher has none: "
-                         "rectify again with positional_channels not 0")
     learnt = {key.split(".")[0] for key in teacher.learnt()}
     unknown = learnt - {"W_q", "query", "reference", "positional"}
     if unknown:
@@ -444,7 +439,7 @@ def new_student(teacher, dataset, settings, seed):
     with torch.no_grad():
         W_q, W_r = teacher.heads()                                      # (C, D) each
         M_p = None
-        if "positional" in head:
+        if "positional" in head and teacher.positional is not None:
             grid = teacher.clip.visual.grid
             M_p = teacher.positional_logits(grid, grid)                 # (1, C, grid, grid)
 
@@ -607,6 +602,8 @@ class Run:
         self.first = 0
         if self.checkpoint.is_file() and not self.overwrite:
             self.first = self.earlier_step()
+        elif self.resume:
+            print(f"there is no {self.checkpoint} to go on with: the training begins")
         self.rows = []
         if self.rank == 0:
             self.cut_log()
@@ -732,7 +729,33 @@ def rectify(dataset, options, settings, split, clip, labels_path, run):
     model = new_reclip(clip, dataset, options, settings, run.seed)
     with rank_0_first():
         labels = label_training_set(model, split, settings, labels_path, run.workers)
-    return train_rectification(model, split, labels, settings, run)
+    model = train_rectification(model, split, labels, settings, run)
+    if run.rank == 0:
+        print_spreads(model, split)
+    return model
+
+
+@torch.no_grad()
+def print_spreads(model, split):
+    """How far do M_q, M_r and M_p hold the classes apart? On the first image, mean over patches.
+
+    A bias is a correction. Where M_p's spread is above that of M_q, masks show where CLIP leans,
+    and no longer what the image shows: in short trainings it can end so.
+    """
+    protocol = protocol_of(model)
+    image = resize_within(
+        split.image(0), protocol.long_side, protocol.short_side, protocol.antialias
+    )
+    output = model(to_float(image)[None].to(model.W_q.device))
+    spreads = {}
+    for name in ("query", "reference", "positional"):
+        logits = getattr(output, name)                                  # (1, C or 1, h, w)
+        spreads[name] = logits.std(1, correction=0).mean().item()
+
+    print("standard deviation over classes: M_q {query:.3f}, M_r {reference:.3f}, "
+          "M_p {positional:.3f}".format(**spreads))
+    if spreads["positional"] > spreads["query"]:
+        print("M_p outweighs what CLIP sees: train longer, or with a smaller --positional-gain")
 
 
 def distill(dataset, settings, split, teacher, labels_path, run):
@@ -886,7 +909,10 @@ def main(argv=None):
     split = open_split(args.data, args.root, "train")
     if args.stage == "all":
         split_name = args.split or dataset.splits[-1]
-        labelled = open_split(args.data, args.root, split_name)  # missing? Then that is said now
+        labelled = open_split(args.data, args.root, split_name)
+        if dataset.annotations and not labelled.annotation_paths[0].is_file():
+            raise FileNotFoundError(f"{labelled.annotation_paths[0]} is missing: --stage all "
+                                    "evaluates at its end, and needs the annotations")
     labels_path = args.out / "image_labels.json"  # one file for all: nothing learnt goes into them
     run_of = partial(
         Run,
