@@ -286,8 +286,8 @@ QUERY, KEY, VALUE = 0, 1, 2
 class Attention(nn.Module):
     """Multi-head self-attention: each token takes a weighted mean of all tokens' values.
 
-    The parameters are named like nn.MultiheadAttention's, as in OpenAI's checkpoints. The three
-    steps are methods of their own, because dense features use them in other combinations.
+    The parameters are named like nn.MultiheadAttention's, as in OpenAI's checkpoints. project and
+    join_heads are methods of their own, because dense features use them without what is between.
     """
 
     def __init__(self, width, heads):
@@ -542,7 +542,7 @@ class CLIP(nn.Module):
         x = last(x, rows=[0])[:, 0]                                 # (B, E_v)
         return self.visual.ln_post(x) @ self.visual.proj            # (B, D)
 
-    def encode_image_dense(self, images, visual=None, read_last=maskclip):
+    def encode_image_dense(self, images, visual=None, attention=maskclip):
         """One vector per patch, in the space of the texts: Z of Sec. 3.1 before it is normalized.
 
         The class token is dropped, and the last block is read so that each patch keeps what it
@@ -551,13 +551,13 @@ class CLIP(nn.Module):
 
         images: (B, 3, H, W), normalized (normalize_pixels); any size.
         visual: a patch_tower of this CLIP's image tower; None: the tower itself.
-        read_last: how the last block is read; maskclip is the paper's.
+        attention: how the last block is read; maskclip is the paper's.
         -> (B, D, h, w), h = ceil(H / patch), w = ceil(W / patch); vectors not of length 1.
         """
         visual = visual or self.visual
         x, size = visual.before_last(images)                        # (B, 1 + n, E_v)
         last = visual.transformer.resblocks[-1]
-        x = read_last(last, x, size)                                # (B, n, E_v)
+        x = attention(last, x, size)                                # (B, n, E_v)
         x = visual.ln_post(x) @ visual.proj                         # (B, n, D)
         return x.transpose(1, 2).unflatten(2, size)                 # (B, D, h, w)
 
@@ -726,7 +726,7 @@ def patch_tower(visual, exact_gelu=False, class_token=None, eps=None):
 # --------------------------------------------------------------------------------------------------
 # Files: where they are, how they come, how they are written
 #
-# From here on nothing is about CLIP itself. A first reader may stop.
+# From here on it is about files, no longer about CLIP. A first reader may stop.
 # --------------------------------------------------------------------------------------------------
 
 SILENCE = 30  # seconds in which an address may send nothing, before the next one is tried

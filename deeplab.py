@@ -297,7 +297,8 @@ class DeepLabV2(nn.Module):
             raise ValueError(f"W_q {tuple(W_q.shape)} and W_r {tuple(W_r.shape)} must both have "
                              f"one row for each of the {len(class_names)} classes")
         if (head == "query_reference_positional") != (M_p is not None):
-            raise ValueError("M_p goes with the head query_reference_positional, and with no other")
+            raise ValueError("M_p goes with the head query_reference_positional, and with no other: "
+                             "rectify with positional_channels not 0, or give another head")
         if freeze_batch_norm is None:
             freeze_batch_norm = backbone_weights is not None
 
@@ -325,7 +326,7 @@ class DeepLabV2(nn.Module):
         # The heads are buffers, which no optimizer sees: the features must come to the texts. The
         # paper finds that better than a learnt head (Table 6: 75.4 against 73.8). Our reading: the
         # student is taught by guesses alone, and a head that learnt would bend to their mistakes.
-        # (On shapes it does not come out; the README has the numbers.)
+        # (On shapes it does not come out; extras/README.md has the numbers.)
         self.register_buffer("W_q", W_q.detach().clone())
         self.register_buffer("W_r", W_r.detach().clone())
         self.register_buffer("M_p", None if M_p is None else M_p.detach().clone())

@@ -6,7 +6,7 @@
 
 What stands here
     confusion_matrix, scores       mIoU
-    Protocol, predict_mask         from one image to its mask
+    predict_mask                   from one image to its mask
     segment_image                  the same in one call, for an image of any kind
     predict_split, evaluate_split  a model on a whole split: table, JSON, image of examples
     color_mask, draw_...           masks as images
@@ -37,7 +37,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path, PureWindowsPath
 
@@ -48,7 +48,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize, to_pil_image
 
-from clip_model import MODELS, load_clip, tensors_sha256, written_atomically
+from clip_model import MODELS, load_clip, maskclip, tensors_sha256, written_atomically
 from datasets import (
     DATA,
     IGNORE,
@@ -127,42 +127,25 @@ def scores(confusion):
 
 # --- From one image to its mask -------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Protocol:
-    """How an image becomes a mask. Each field moves mIoU: compare numbers of one protocol only."""
-    # An image is resized to the largest size within these two; short_side 0: not at all.
-    long_side: int                     # pixels
-    short_side: int                    # pixels
-    antialias: bool = False            # when it is made smaller (see datasets.resize_within)
-    denoise: float = 0.0               # threshold of reclip.strong_classes, a probability; 0: off
-    background_threshold: float = 0.0  # pixels less probable than this get no class; 0: none
+# A model keeps how evaluation shows it images, its .protocol: {"long_side", "short_side",
+# "antialias", "denoise"}. Each of the four moves mIoU: compare numbers of one protocol only.
 
-    def __post_init__(self):
-        for name in ("denoise", "background_threshold"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}; a probability, it must lie in 0..1")
-
-    def describe(self):
-        """The protocol in words, for the line above a table."""
-        sides = f"images within {self.long_side} x {self.short_side}"
-        if not self.short_side:
-            sides = "images of their own size"
-        return f"{sides}, denoise {self.denoise or 'off'}"
-
-
-def protocol_of(model, background_threshold=0.0):
-    """The Protocol that a model keeps in its checkpoint: images are shown as in training."""
-    kept = model.protocol or {}
-    if not {"long_side", "short_side"} <= kept.keys():
-        raise ValueError("the model does not say how large images are shown to it: give "
-                         "--long-side and --short-side, or set model.protocol = {'long_side': "
-                         "2048, 'short_side': 336}")
-    return Protocol(**kept, background_threshold=background_threshold)
+def protocol_of(model):
+    """model.protocol. ValueError: a model that was made by hand has none yet."""
+    protocol = model.protocol or {}
+    if not {"long_side", "short_side", "antialias", "denoise"} <= protocol.keys():
+        raise ValueError("the model does not say how large images are shown to it: set "
+                         "model.protocol = {'long_side': 2048, 'short_side': 512, 'antialias': "
+                         "False, 'denoise': 0.0}")
+    return protocol
 
 
 def rectify_protocol(dataset, recipe=None, **given):
-    """What a rectified CLIP keeps as its .protocol: the sides that it is trained at.
+    """The .protocol of a rectified CLIP: the sides that it is trained at.
+
+    An image is resized to the largest size within the two sides, pixels (short side 0: not at all);
+    antialias: when it is made smaller (datasets.resize_within); denoise: the threshold of
+    reclip.strong_classes, 0: off.
 
     dataset: a datasets.DataSet. recipe: None for its default one. given: hyper-parameters that
     differ from the recipe's, by name.
@@ -188,14 +171,15 @@ def distill_protocol(dataset, recipe=None, **given):
 
 
 @torch.no_grad()
-def predict_mask(model, image, size, protocol, probabilities=False):
+def predict_mask(model, image, size, background_threshold=0.0, probabilities=False):
     """The mask of one image: float (3, H, W) in [0, 1] -> (H0, W0) uint8, on the CPU.
 
     model: a ReCLIP or DeepLabV2 in eval mode.
-    image: already resized to protocol's sides (datasets.Evaluation does it).
+    image: already resized to the sides of model.protocol (datasets.Evaluation does it).
     size: (H0, W0) of the mask that is wanted. mIoU is taken at the size of the truth.
+    background_threshold: pixels less probable than this get no class; 0: none.
     probabilities: True adds softmax(scale * M) of each pixel, before any class is dropped.
-    -> class indices 0..C-1, IGNORE for pixels below protocol.background_threshold;
+    -> class indices 0..C-1, IGNORE for pixels below background_threshold;
        with probabilities: (mask, float (C, H0, W0))
     """
     # Which class does each patch resemble?
@@ -209,8 +193,8 @@ def predict_mask(model, image, size, protocol, probabilities=False):
         model.output_stride,
         image.shape[1:],
         size,
-        protocol.denoise,
-        protocol.background_threshold,
+        model.protocol["denoise"],
+        background_threshold,
         model.scale,
     ).cpu()
     if not probabilities:
@@ -235,21 +219,29 @@ def segment_image(model, image, probabilities=False, background_threshold=0.0):
     if not isinstance(image, torch.Tensor):
         image = torch.from_numpy(read_image(image)).permute(2, 0, 1)    # uint8 (3, H0, W0)
 
-    protocol = protocol_of(model, background_threshold)
-    seen = resize_within(image, protocol.long_side, protocol.short_side, protocol.antialias)
-    return predict_mask(model, to_float(seen), image.shape[1:], protocol, probabilities)
+    protocol = protocol_of(model)
+    sides = (protocol["long_side"], protocol["short_side"])
+    seen = to_float(resize_within(image, *sides, protocol["antialias"]))
+    return predict_mask(model, seen, image.shape[1:], background_threshold, probabilities)
 
 
-def predict_split(model, pairs, protocol, title, workers=0):
+def as_seen(model, split):
+    """A datasets.Evaluation over a split: images at the sides at which the model sees them."""
+    protocol = protocol_of(model)
+    return Evaluation(split, protocol["long_side"], protocol["short_side"])
+
+
+def predict_split(model, split, title, workers=0):
     """Yields (mask (H0, W0) uint8, truth (H0, W0) uint8, name) of each image of a split, in order.
 
-    pairs: a datasets.Evaluation. title: of the progress line. workers: processes that decode.
+    title: of the progress line. workers: processes that decode.
     """
+    pairs = as_seen(model, split)
     progress = Progress(title, len(pairs))
     # Images of a split differ in size: one at a time, not in batches.
     loader = DataLoader(pairs, batch_size=None, num_workers=workers)
     for i, (image, truth, name) in enumerate(loader):
-        yield predict_mask(model, image, truth.shape, protocol), truth, name
+        yield predict_mask(model, image, truth.shape), truth, name
         progress(i + 1)
 
 
@@ -265,16 +257,14 @@ def evaluate_split(model, dataset, split, split_name, out, beside=(), workers=0)
     -> the dict of scores
     """
     stage = model.stage
-    protocol = protocol_of(model)
-    pairs = Evaluation(split, protocol.long_side, protocol.short_side)
-
     C = len(model.class_names)
     confusion = torch.zeros(C, C, dtype=torch.int64)
-    for mask, truth, _ in predict_split(model, pairs, protocol, f"evaluate {stage}", workers):
+    for mask, truth, _ in predict_split(model, split, f"evaluate {stage}", workers):
         confusion += confusion_matrix(mask, truth, C)
     result = scores(confusion)
 
-    print(f"\n{stage}: {dataset.name} {split_name}, {protocol.describe()}, {dataset.background}")
+    print(f"\n{stage}: {dataset.name} {split_name}, {in_words(model.protocol)}, "
+          f"{dataset.background}")
     print_scores(result, model.class_names)
 
     # JSON knows no nan: an absent class has null.
@@ -286,11 +276,11 @@ def evaluate_split(model, dataset, split, split_name, out, beside=(), workers=0)
         "pixel_accuracy": result["pixel_accuracy"],
         "confusion": confusion.tolist(),
         "iou": iou_of_class,
-        "protocol": facts_of(model, protocol) | {
+        "protocol": facts_of(model) | {
             "data": dataset.name,
             "split": split_name,
             "background": dataset.background,
-            "images": len(pairs),
+            "images": len(split),
             "classes_present": result["present"],
         },
     }
@@ -302,11 +292,19 @@ def evaluate_split(model, dataset, split, split_name, out, beside=(), workers=0)
     return result
 
 
-def facts_of(model, protocol):
+def in_words(protocol):
+    """A model's .protocol in words, for the line above a table."""
+    sides = f"images within {protocol['long_side']} x {protocol['short_side']}"
+    if not protocol["short_side"]:
+        sides = "images of their own size"
+    return f"{sides}, denoise {protocol['denoise'] or 'off'}"
+
+
+def facts_of(model):
     """What a number or a mask depends on, for the JSON files. -> dict"""
     facts = {
         "stage": model.stage,
-        **asdict(protocol),
+        **protocol_of(model),
         "class_names": list(model.class_names),
         # Of the tensors, not of the file: torch.save writes the file's name into it.
         "checkpoint_sha256": tensors_sha256(model.learnt()),
@@ -423,9 +421,8 @@ def draw_examples(columns, dataset, split, count=6, among=100):
     dataset: a datasets.DataSet, for palette and names. split: as in evaluate_split.
     """
     def mask_of(model, i):
-        protocol = protocol_of(model)
-        image, truth, _ = Evaluation(split, protocol.long_side, protocol.short_side)[i]
-        return predict_mask(model, image, truth.shape, protocol)
+        image, truth, _ = as_seen(model, split)[i]
+        return predict_mask(model, image, truth.shape)
 
     candidates = range(min(among, len(split)))
     difference = {i: 0.0 for i in candidates}  # of each image, the share of its pixels
@@ -488,7 +485,7 @@ def segment_images(model, images, out, probabilities=False, background_threshold
         raise ValueError("--background-threshold calls what is no class background, and a class is "
                          "named so too: leave the option out")
     palette = voc_palette()[1:]
-    facts = facts_of(model, protocol_of(model, background_threshold))
+    facts = facts_of(model) | {"background_threshold": background_threshold}
     folder = Path(out) / "masks" / model.stage
 
     progress = Progress("segment", len(images))
@@ -563,12 +560,12 @@ def save_index(mask, palette, path):
 
 # --- Models ---------------------------------------------------------------------------------------
 
-def plain_clip(clip, dataset, recipe=None, W_q=None, **parts):
+def plain_clip(clip, dataset, recipe=None, W_q=None, attention=maskclip):
     """MaskCLIP, in eval mode: ReCLIP without its two biases, so that M = M_q.
 
     dataset: a datasets.DataSet, for class names, prompts and protocol.
     recipe: one of the data set's; None: its default.
-    W_q: (C, D), if it is known. parts: attention and reading, as ReCLIP takes them.
+    W_q: (C, D), if it is known. attention: as ReCLIP takes it.
     """
     model = ReCLIP(
         clip,
@@ -579,7 +576,7 @@ def plain_clip(clip, dataset, recipe=None, W_q=None, **parts):
         prompt_length=0,
         positional_channels=0,
         recipe=recipe or next(iter(dataset.recipes)),
-        **parts,
+        attention=attention,
     )
     model.stage = "clip"
     return model.eval()
@@ -666,6 +663,12 @@ def parse_arguments(argv=None):
     for name in ("classes", "background_threshold", "probabilities"):
         if getattr(args, name) and not args.images:
             raise ValueError(f"--{name.replace('_', '-')} goes with --images")
+    if args.split and args.images:
+        raise ValueError("--split goes with a data set, not with --images")
+
+    for name in ("denoise", "background_threshold"):
+        if not 0 <= (getattr(args, name) or 0) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} is a probability, between 0 and 1")
 
     args.data = args.data or ("images" if args.images else "shapes")
     if args.out is None and args.checkpoint:

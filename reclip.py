@@ -11,7 +11,7 @@ The method in one drawing. Only what stands in [brackets] learns; CLIP is frozen
     loss <---- does the vector under <---- Z, pooled     <---- one mask per <---- Gumbel-softmax --+
     Eq. (5)    mask c resemble text c?     under each mask     class              Eq. (4)
 
-What stands here, in the paper's order
+What stands here, the equations in the paper's order
     query_text_features             Sec. 3.1    W_q, the frozen classifier
     ReferencePrompt                 Eq. (1)     W_r, from learnable vectors: class-preference bias
     PositionalBias                  Sec. 3.3    M_p, from CLIP's positions: space-preference bias
@@ -20,7 +20,7 @@ What stands here, in the paper's order
     image_level_labels              Sec. 3.4    which classes does the image hold?
     masked_features, contrastive_loss  Eq. (5)
     Options, ReCLIP                 all of that as one module, with save and load
-    segment                         a mask of pixels from the logits of patches
+    strong_classes, segment         a mask of pixels from the logits of patches
     mask_guided_loss, feature_guided_loss, text_guided_loss, distillation_loss   Eq. (6)-(8)
     RECIPES, PROMPTS                how the authors run CLIP; the 85 templates of the Query
 
@@ -167,7 +167,8 @@ class ReferencePrompt(nn.Module):
         length = min(length, clip.context_length - 1 - longest)
         if length < 1:
             raise ValueError(f"no room for a prompt: the longest class name has {longest - 1} of "
-                             f"this CLIP's {clip.context_length} tokens")
+                             f"this CLIP's {clip.context_length} tokens, or prompt_length is "
+                             "below 1")
 
         # Released: every vector starts as the embedding of token 0 ("!"). They do not stay equal,
         # because each stands at another position of the text.
@@ -240,9 +241,9 @@ def rectify_logits(query_logits, bias, subtract=True):
     """Eq. (3): M = M_q - M_b, all (B, C, h, w): what CLIP says, minus what it would say anyway.
 
     subtract: False adds M_b instead (Table 5). A bias that is free could take either sign. Ours is
-        not: M_p >= 0, since its net ends in a ReLU, and W_r must come from texts. So plus and minus
-        are different models; the paper measures minus to be better and speculates that it is the
-        better prior.
+        not. M_p is never below 0, since its net ends in a ReLU, and W_r must come from texts. So
+        plus and minus are different models. The paper measures minus to be better, and speculates
+        that it is the better prior.
     """
     if subtract:
         return query_logits - bias
@@ -258,9 +259,9 @@ def gumbel_softmax_masks(rectified_logits, tau_1=0.001):
     (straight-through). It is large only where two classes nearly tie: training moves the borders
     of masks.
 
-    The temperature divides the logits before the noise is added, as released (logits x 1000).
-    Dividing noise and logits together, as in the usual formula, would drown cosines that differ by
-    hundredths in noise of spread 1: masks would be random.
+    The temperature divides the logits before the noise g is added, as released (logits x 1000):
+    softmax(M / tau_1 + g). The usual formula divides both, softmax((M + g) / tau_1): there cosines
+    that differ by hundredths would drown in noise of spread 1, and masks would be random.
     """
     return F.gumbel_softmax(rectified_logits / tau_1, tau=1.0, hard=True, dim=1)
 
@@ -318,8 +319,8 @@ def contrastive_loss(pooled, W_q, labels, tau):
     log_p = F.log_softmax(S / tau, dim=-1).diagonal(dim1=1, dim2=2)     # (B, C)
 
     # Only masks of classes that the image holds count. The mask of an absent class holds whatever
-    # was left over, and there is nothing that it should look like. (K is at least 1, so that an
-    # image without any label adds 0 and not 0 / 0.)
+    # was left over, and there is nothing that it should look like. (K is at least 1: should a
+    # caller's labels name nothing in an image, it adds 0 and not 0 / 0.)
     K = labels.sum(1).clamp(min=1)                                      # (B,)
     return -((log_p * labels).sum(1) / K).mean()
 
@@ -655,8 +656,11 @@ def check_texts(class_names, prompts):
     if isinstance(class_names, str) or len(class_names) < 2 or repeated or "" in names:
         raise ValueError("class names must be a list of two or more, all different, none empty: "
                          f"{class_names}")
-    if isinstance(prompts, str):
-        raise ValueError("prompts must be a list of templates, such as ['a photo of a {}.']")
+    if prompts is None:
+        return
+    if isinstance(prompts, str) or not prompts or not all("{}" in text for text in prompts):
+        raise ValueError("prompts must be a list of templates with {} for the name, such as "
+                         f"['a photo of a {{}}.']: {prompts}")
 
 
 def read_checkpoint(path, stage=None):
@@ -740,7 +744,13 @@ def segment(
     """The mask of one image: logits on patches (1, C, h, w) -> class of each pixel (H0, W0), uint8.
 
     The logits are enlarged bilinearly, first to the image that the network saw, then to the mask.
-    Bilinear means: along rows and along columns, one after the other (weights_of_cells).
+    Plainly:
+
+        pixels = interpolate(logits, (h * output_stride, w * output_stride))[:H, :W]
+        mask = interpolate(pixels, (H0, W0)).argmax(over classes)
+
+    Here strips of rows are made of the same numbers: bilinear interpolation is a product with one
+    matrix along columns and one along rows (weights_of_cells).
 
     output_stride: pixels of the seen image from one cell of the grid to the next.
     image_size: (H, W) of the image that the network saw. The cells may reach over its edge, where
@@ -803,6 +813,7 @@ def mask_guided_loss(student_logits, teacher_masks, tau, to_pixels):
     C = student_logits.shape[1]
     H, W = teacher_masks.shape[1:]
 
+    # For all images at once: cross_entropy(to_pixels(logits / tau, H, W), teacher_masks).
     def of_some_images(logits, masks):
         pixels = to_pixels(logits / tau, H, W)                          # (images, C, H, W)
         return F.cross_entropy(pixels, masks, ignore_index=IGNORE, reduction="sum")
@@ -826,6 +837,8 @@ def feature_guided_loss(Z, Z_student, valid, to_pixels, student_to_pixels):
     """
     H, W = valid.shape[1:]
 
+    # For all channels at once: the mean over valid pixels of
+    # (student_to_pixels(Z_student, H, W) - to_pixels(Z, H, W)).abs().sum(1).
     # An L1 norm is a sum over channels, so groups of channels may be added. Of a cosine, an L2
     # norm or anything else that couples channels this is not true: such a loss needs all D at once.
     def of_some_channels(Z, Z_student):

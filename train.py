@@ -63,7 +63,6 @@ from eval import (
     distill_protocol,
     evaluate_split,
     plain_clip,
-    protocol_of,
     rectify_protocol,
 )
 from reclip import (
@@ -249,25 +248,29 @@ def train_distillation(teacher, student, split, labels, settings, run):
 
 # --- Hyper-parameters -----------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+EACH = dataclasses.MISSING  # no default: each data set's entry has its own
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every hyper-parameter of the two loops, with unit and source. (The model's: reclip.Options.)
 
-    The defaults are VOC's, for images of your own.
+    "released": the authors' code, on all three benchmarks.
     """
     # Rectification, Sec. 3.1-3.4
-    rectify_epochs: int = option(51, "epochs of rectification (released)")
+    rectify_epochs: int = option(EACH, "epochs of rectification")
     rectify_poly_epochs: int = option(
-        200, "the learning rate falls as if training ended, at 0, after so many epochs (released)")
+        EACH, "the learning rate falls as if training ended, at 0, after so many epochs")
     rectify_batch: int = option(1, "images a step (released)")
     lr: float = option(0.01, "learning rate of SGD (Sec. 4.1)")
     momentum: float = option(0.9, "momentum of SGD (released)")
     weight_decay: float = option(0.0005, "weight decay of SGD (Sec. 4.1)")
     poly_power: float = option(
-        0.9, "learning rate = lr * (1 - epoch / rectify_poly_epochs) ** poly_power (Sec. 4.1)")
+        0.9, "learning rate = lr * (1 - epoch / rectify_poly_epochs) ** poly_power; of the student "
+        "likewise, over distill_epochs (Sec. 4.1)")
     threshold: float = option(
-        23.0, "an image holds a class if 100 * cosine reaches it (t of Sec. 3.4; value released)")
-    top_k: int = option(2, "image-level labels where no class passes the threshold (released)")
+        EACH, "an image holds a class if 100 * cosine reaches it (t of Sec. 3.4)")
+    top_k: int = option(EACH, "image-level labels where no class passes the threshold")
 
     # Distillation, Sec. 3.5
     student: str = option(
@@ -276,7 +279,7 @@ class Settings:
     head: str = option("query_reference", "head of the student, Table 6", HEADS)
     backbone_weights: str = option(
         "imagenet", "start of the backbone: imagenet (ours), a file, or none")
-    distill_epochs: int = option(100, "epochs of distillation (released)")
+    distill_epochs: int = option(EACH, "epochs of distillation")
     distill_batch: int = option(16, "images a step (released)")
     distill_lr: float = option(0.01, "learning rate of SGD (Sec. 4.1), poly over all epochs")
     distill_lr_floor: float = option(1e-4, "the learning rate never falls below (released)")
@@ -288,14 +291,13 @@ class Settings:
     # Images, Sec. 4.1. In training an image is resized, smaller or larger, to the largest size
     # within r times the two sides, with r drawn from resize_from .. resize_to; then it is cropped.
     # Evaluation resizes it likewise, with r = 1.
-    rectify_long_side: int = option(2048, "rectification: longer side at r = 1, pixels (released)")
-    rectify_short_side: int = option(336, "rectification: shorter side at r = 1, pixels (released)")
+    rectify_long_side: int = option(EACH, "rectification: longer side at r = 1, pixels")
+    rectify_short_side: int = option(EACH, "rectification: shorter side at r = 1, pixels")
     crop: int = option(
-        336, "rectification: side of the crop, pixels (released); 0: whole images, all of one size "
-        "(ours)")
-    distill_long_side: int = option(2048, "distillation: longer side at r = 1, pixels (released)")
-    distill_short_side: int = option(512, "distillation: shorter side at r = 1, pixels (released)")
-    distill_crop: int = option(512, "distillation: as crop (released)")
+        EACH, "rectification: side of the crop, pixels; 0: whole images, all of one size (ours)")
+    distill_long_side: int = option(EACH, "distillation: longer side at r = 1, pixels")
+    distill_short_side: int = option(EACH, "distillation: shorter side at r = 1, pixels")
+    distill_crop: int = option(EACH, "distillation: as crop")
     resize_from: float = option(0.5, "least r (released)")
     resize_to: float = option(2.0, "largest r (released)")
     flip: bool = option(True, "random horizontal flip (Sec. 4.1)")
@@ -303,8 +305,7 @@ class Settings:
 
     # Evaluation of the rectified CLIP; a student is evaluated without (released)
     denoise: float = option(
-        0.5, "a class that reaches this probability nowhere in an image is dropped (released); 0: "
-        "off")
+        EACH, "a class that reaches this probability nowhere in an image is dropped; 0: off")
 
     def __post_init__(self):
         if self.rectify_epochs > self.rectify_poly_epochs:
@@ -314,11 +315,11 @@ class Settings:
 
 
 def hyper_parameters(dataset, recipe=None, **given):
-    """Each hyper-parameter has its value from one of three places, the later before the earlier:
+    """Each hyper-parameter has its value from one of three places; a later one wins:
 
-        the default in reclip.Options or Settings
-        the entry of the data set in datasets.DATA, under the recipe
-        the command line: `given`
+        1. the default in reclip.Options or Settings
+        2. the entry of the data set in datasets.DATA, under the recipe
+        3. the command line: `given`
 
     dataset: a datasets.DataSet. recipe: one of the entry's; None: its first.
     -> Options of the model, Settings of the loops
@@ -537,7 +538,10 @@ def print_label_histogram(found, class_names):
 # --- Bookkeeping ----------------------------------------------------------------------------------
 
 def identity_of(model, split, labels, settings, run):
-    """{name: value}: what a training follows from, and so must not differ when it is resumed."""
+    """{name: value}: what must not differ when a training is resumed.
+
+    All hyper-parameters are in it, those of the other stage too: so nobody has to tell which count.
+    """
     identity = dataclasses.asdict(model.options) | dataclasses.asdict(settings)
     classes_found = [(name, row.nonzero().tolist()) for name, row in labels.items()]
     return identity | {
@@ -684,10 +688,7 @@ class Run:
         return step * self.images_per_step // len(self.stream)
 
     def noise_seed(self, step):
-        """A seed for each (seed, step, process).
-
-        The large primes keep it apart from the draws of the stream and of other seeds.
-        """
+        """A seed for each (seed, step, process), far from those of other processes."""
         return (self.seed + 1) * 7_368_787 + step + self.rank * 1_000_000_007
 
     def log(self, step, **numbers):
@@ -742,10 +743,8 @@ def print_spreads(model, split):
     A bias is a correction. Where M_p's spread is above that of M_q, masks show where CLIP leans,
     and no longer what the image shows: in short trainings it can end so.
     """
-    protocol = protocol_of(model)
-    image = resize_within(
-        split.image(0), protocol.long_side, protocol.short_side, protocol.antialias
-    )
+    sides = (model.protocol["long_side"], model.protocol["short_side"])
+    image = resize_within(split.image(0), *sides, model.protocol["antialias"])
     output = model(to_float(image)[None].to(model.W_q.device))
     spreads = {}
     for name in ("query", "reference", "positional"):
@@ -816,7 +815,9 @@ def make_parser():
 
 def describe(field):
     """Help of a hyper-parameter: what it is, where it is from, its default and the data sets'."""
-    shown = [str(field.default)]
+    shown = []
+    if field.default is not EACH:
+        shown.append(str(field.default))
     for dataset in DATA.values():
         for recipe in dataset.recipes:
             values = {"recipe": recipe} | dataset.hyper_parameters(recipe)

@@ -56,7 +56,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip_model import CLIP, Tokenizer, normalize_pixels, written_atomically  # noqa: E402
 from datasets import DATA, Evaluation, Files  # noqa: E402
 from deeplab import DeepLabV2  # noqa: E402
-from eval import Protocol, predict_mask  # noqa: E402
+from eval import predict_mask, rectify_protocol  # noqa: E402
 from extras.pretrain import initialize, learn_merges  # noqa: E402
 from reclip import (  # noqa: E402
     ReCLIP,
@@ -443,7 +443,7 @@ def files(quick, device, repeat, count=4):
     given = {"rectify_short_side": 64} if quick else {}
     _, settings = hyper_parameters(voc, "2025", **given)
     sides = (settings.rectify_long_side, settings.rectify_short_side)
-    protocol = Protocol(*sides, denoise=settings.denoise)
+    model.protocol = rectify_protocol(voc, "2025", **given)
 
     with tempfile.TemporaryDirectory() as folder:
         jpegs = [Path(folder, f"{i}.jpg") for i in range(count)]
@@ -459,7 +459,7 @@ def files(quick, device, repeat, count=4):
         def evaluate():
             for i in range(count):
                 image, truth, _ = pairs[i]
-                predict_mask(model, image, truth.shape, protocol)
+                predict_mask(model, image, truth.shape)
 
         def load():
             for i in range(count):

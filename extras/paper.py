@@ -71,21 +71,21 @@ from clip_model import (  # noqa: E402  (the path comes first)
     tensors_sha256,
     written_atomically,
 )
-from datasets import DATA, IGNORE, DataSet, Evaluation, Thumbnails, open_split  # noqa: E402
+from datasets import DATA, IGNORE, DataSet, Thumbnails, open_split  # noqa: E402
 from deeplab import DeepLabV2  # noqa: E402
 from eval import (  # noqa: E402
     FONT,
     GREY,
     INK,
     WHITE,
-    Protocol,
+    as_seen,
     best_device,
     color_mask,
     confusion_matrix,
+    in_words,
     plain_clip,
     predict_mask,
     predict_split,
-    protocol_of,
     rectify_protocol,
     scores,
     with_legend,
@@ -295,10 +295,9 @@ class Experiment(NamedTuple):
             changes |= {"rectify_epochs": self.epochs, "distill_epochs": self.epochs}
         return changes
 
-    def labelled(self, split_name, protocol):
-        """Images of a split with their truth."""
-        split = open_split(self.dataset.name, self.root, split_name)
-        return Evaluation(split, protocol.long_side, protocol.short_side)
+    def labelled(self, split_name):
+        """A split with its truth."""
+        return open_split(self.dataset.name, self.root, split_name)
 
 
 # --- Attention variants ---------------------------------------------------------------------------
@@ -461,7 +460,7 @@ def open_row(experiment, row, path):
         return DeepLabV2.load(path, device)
     if row.stage == "linear":
         student = DeepLabV2.load(path, device)
-        return linear_classification(student, experiment.labelled("train", protocol_of(student)))
+        return linear_classification(student, as_seen(student, experiment.labelled("train")))
 
     clip = load_clip(experiment.clip, device)
     if row.control == "one number":
@@ -653,19 +652,18 @@ def measured_row(experiment, name, seed):
         return known
 
     model = open_row(experiment, row, path)
-    protocol = protocol_of(model)
-    pairs = experiment.labelled(experiment.split, protocol)
+    split = experiment.labelled(experiment.split)
     C = len(experiment.dataset.classes)
     confusion = torch.zeros(C, C, dtype=torch.int64)
     distances = torch.zeros(len(EDGES) - 1, C, 2, dtype=torch.int64)
     title = f"{name}, seed {seed}"
-    for mask, truth, _ in predict_split(model, pairs, protocol, title, experiment.workers):
+    for mask, truth, _ in predict_split(model, split, title, experiment.workers):
         confusion += confusion_matrix(mask, truth, C)
         distances += distance_counts(mask, truth, C, EDGES)
 
     result = {
         "identity": identity,
-        "images": len(pairs),
+        "images": len(split),
         "miou": scores(confusion)["miou"],
         "confusion": confusion.tolist(),
         "distances": distances.tolist(),
@@ -863,15 +861,15 @@ def draw_figure_3(model, dataset, pairs, count=3, among=200):
 
     model: a ReCLIP in eval mode. dataset: its DataSet. pairs: an Evaluation. -> RGB image
     """
-    protocol = protocol_of(model)
     plain = plain_clip(model.clip, dataset, model.options.recipe, W_q=model.W_q)
+    plain.protocol = model.protocol
     C = len(dataset.classes)
     mended_pixels = {}  # (true class, what CLIP took it for) -> how many, in the best image so far
     best = {}           # the same rivals -> that image, its truth, CLIP's mask, the rectified mask
     for i in range(min(among, len(pairs))):
         image, truth, _ = pairs[i]
-        before = predict_mask(plain, image, truth.shape, protocol)
-        after = predict_mask(model, image, truth.shape, protocol)
+        before = predict_mask(plain, image, truth.shape)
+        after = predict_mask(model, image, truth.shape)
 
         mended = (truth != IGNORE) & (before != truth) & (after == truth)           # (H0, W0)
         codes = truth[mended].long() * C + before[mended]
@@ -1022,7 +1020,7 @@ def write_figures(experiment, results, curves, rectified, folder):
         list(confusions),
     ).save(folder / "figure1b.png")
 
-    pairs = experiment.labelled(experiment.split, protocol_of(rectified))
+    pairs = as_seen(rectified, experiment.labelled(experiment.split))
     draw_figure_3(rectified, dataset, pairs).save(folder / "figure3.png")
 
 
@@ -1059,13 +1057,13 @@ def write_table(experiment, names, percent, path):
 def heading_lines(experiment):
     """The top of report.md: what was measured, how, and with which CLIP."""
     dataset = experiment.dataset
-    protocol = Protocol(**rectify_protocol(dataset, experiment.recipe))
+    protocol = rectify_protocol(dataset, experiment.recipe)
     return [
         f"# The paper's evidence on {dataset.name}",
         "",
         "mIoU in percent, mean (least..most) over the seeds, "
         f"{experiment.seeds} where something learns. {dataset.name} {experiment.split}, recipe "
-        f"{experiment.recipe}, {protocol.describe()}, {dataset.background}. CLIP: "
+        f"{experiment.recipe}, {in_words(protocol)}, {dataset.background}. CLIP: "
         f"{experiment.clip_identity[:12]}. Beside it the paper's own number on "
         f"{paper_column(experiment)}, by its own protocol.",
     ]

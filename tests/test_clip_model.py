@@ -33,17 +33,9 @@ from clip_model import CLIP, MODELS, Tokenizer, load_clip, normalize_pixels, pat
 from clip_model import written_atomically
 from conftest import close, sentence
 
-# No two sizes are equal; 3 heads in the image tower, 2 in that of texts.
-ODD = {
-    "embed_dim": 10,
-    "patch": 5,
-    "width": 192,
-    "layers": 3,
-    "grid": 4,
-    "context": 23,
-    "text_width": 128,
-    "text_layers": 1,
-}
+# 3 heads in the image tower, 2 in that of texts; no two sizes are equal.
+ODD = dict(embed_dim=10, patch=5, width=192, layers=3, grid=4)
+ODD |= dict(context=23, text_width=128, text_layers=1)
 
 
 # --- Tokens ---------------------------------------------------------------------------------------
@@ -153,20 +145,12 @@ def test_openais_ids_of_well_known_texts(official, text, ids):
     assert clip.tokenize([text]).tolist() == expected
 
 
-def test_openais_ids_are_those_of_literal_byte_pairs(official):
-    tokenizer = Tokenizer.from_file()
-    literal = LiteralBPE(official)
+def test_ids_are_those_of_literal_byte_pairs(merges, official):
+    for pairs in (merges, official):
+        tokenizer, literal = Tokenizer(pairs), LiteralBPE(pairs)
 
-    for text in TEXTS:
-        assert tokenizer.encode(text) == literal.encode(text), text
-
-
-def test_ids_of_a_small_vocabulary_are_those_of_literal_byte_pairs(merges):
-    tokenizer = Tokenizer(merges)
-    literal = LiteralBPE(merges)
-
-    for text in TEXTS:
-        assert tokenizer.encode(text) == literal.encode(text), text
+        for text in TEXTS:
+            assert tokenizer.encode(text) == literal.encode(text), text
 
 
 def test_ids_by_hand():
@@ -409,17 +393,6 @@ def test_published_models_have_their_sizes_and_heads(sizes, millions, heads):
         assert {block.attn.heads for block in tower.resblocks} == {of_tower}
 
 
-@pytest.mark.parametrize("width", [1280, 1408, 1664])
-def test_attention_of_the_large_image_towers_is_pytorchs_with_16_heads(width):
-    with torch.device("meta"):
-        attention = CLIP(12, 4, width, 1, 2, 20, 600, 64, 1).visual.transformer.resblocks[0].attn
-    expected = nn.MultiheadAttention(width, 16, batch_first=True)
-    attention.load_state_dict(expected.state_dict(), assign=True)
-    x = torch.randn(1, 5, width)
-
-    close(attention(x), expected(x, x, x)[0], 1e-5)
-
-
 # --- The tower that reads patches -----------------------------------------------------------------
 
 def test_a_patch_tower_reads_otherwise_on_the_same_weights(clip, monkeypatch):
@@ -432,7 +405,6 @@ def test_a_patch_tower_reads_otherwise_on_the_same_weights(clip, monkeypatch):
     dense = clip.encode_image_dense(images, tower)
 
     close(clip.encode_image_dense(images), before, 0)  # the CLIP itself stays as it was
-    close(clip.encode_image_dense(images, patch_tower(clip.visual)), before, 0)
     own = dict(tower.named_parameters())
     for name, parameter in clip.visual.named_parameters():
         assert (own[name] is parameter) == (name != "class_embedding")
@@ -476,19 +448,6 @@ def test_prompted_texts_are_those_of_one_at_a_time(clip, shape, cut):
     close(gradient, gradient_expected, 1e-9)
 
 
-def test_a_prompt_of_real_words_is_a_text(clip):
-    clip = clip.double()
-    words = clip.tokenizer.encode("a photo of the")
-    names = ["dog", "cat in this scene"]
-    prompt = clip.token_embedding.weight[words]
-    endings = [[*clip.tokenizer.encode(name), clip.eot] for name in names]
-
-    texts = clip.encode_text(clip.tokenize([f"a photo of the {name}" for name in names]))
-
-    close(clip.encode_prompted(prompt, endings), texts)
-    close(clip.encode_prompted(prompt.repeat(2, 1, 1), endings), texts)
-
-
 # --- Files of weights -----------------------------------------------------------------------------
 
 def save_archive(clip, path):
@@ -503,7 +462,8 @@ def save_archive(clip, path):
         traced = torch.jit.trace(model, (torch.zeros(1, 3, 20, 20), clip.tokenize("a cat")))
         for parameter in traced.parameters():
             if parameter.ndim > 1:
-                parameter.data = parameter.data.half()
+                storage = torch.cat([torch.zeros(1), parameter.flatten()]).half()
+                parameter.data = storage[1:].view_as(parameter)  # begins behind another number
         torch.jit.save(traced, str(path))
 
 
@@ -772,7 +732,7 @@ def archive_of(path, data):
 
 
 def test_hostile_files_run_nothing(hostile, tmp_path):
-    bare = pickle.dumps(hostile.payload)
+    bare = pickle.dumps(hostile.payload, protocol=2)
     archive_of(tmp_path / "archive.pt", bare)
     torch.save({"weight": hostile.payload}, tmp_path / "plain.pt")
     torch.save([hostile.payload], tmp_path / "old.pt", _use_new_zipfile_serialization=False)
@@ -825,21 +785,19 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(clip_model, "SILENCE", 0.2)
-
-
-@pytest.fixture
 def home(tmp_path, monkeypatch):
     """$CLIP_HOME, a folder that is not there yet."""
     monkeypatch.setenv("CLIP_HOME", str(tmp_path / "new" / "clip"))
     return tmp_path / "new" / "clip"
 
 
-@pytest.mark.parametrize("algorithm, digest", [("sha256", SHA256), ("md5", MD5)])
+@pytest.mark.parametrize("algorithm, digest", [
+    pytest.param("sha256", SHA256, id="sha256"), pytest.param("md5", MD5, id="md5"),
+])
 def test_each_address_is_tried_until_one_sends_the_right_file(
-    serve, impatient, tmp_path, algorithm, digest
+    serve, monkeypatch, tmp_path, algorithm, digest
 ):
+    monkeypatch.setattr(clip_model, "SILENCE", 0.2)
     behaviors = {
         "/gone": 404,
         "/silent": "silent",
@@ -858,8 +816,8 @@ def test_each_address_is_tried_until_one_sends_the_right_file(
     assert serve.asked == ["/gone", "/silent", "/wrong", "/cut", "/right"]
 
 
-def test_when_no_address_is_right_a_sentence_says_where_to_put_the_file(serve, impatient, tmp_path):
-    pages = {"/gone": 404, "/silent": "silent", "/wrong": b"x", "/cut": ("cut", CONTENT)}
+def test_when_no_address_is_right_a_sentence_says_where_to_put_the_file(serve, tmp_path):
+    pages = {"/gone": 404, "/wrong": b"x", "/cut": ("cut", CONTENT)}
     address = serve(pages)
     path = tmp_path / "file"
     path.write_bytes(b"old")
@@ -900,6 +858,7 @@ def test_missing_weights_are_asked_for_at_openai_then_at_hugging_face(
     asked = []
 
     def no_network(request, timeout):
+        assert timeout == clip_model.SILENCE
         asked.append(request.full_url)
         raise urllib.error.URLError("unreachable")
 
@@ -975,26 +934,24 @@ def test_another_model_under_a_name_is_refused(home, offered, monkeypatch, size)
 # --- Writing --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error, raised", [
-    (KeyError("x"), KeyError),
     (KeyboardInterrupt(), KeyboardInterrupt),
     (OSError(28, "No space left on device"), OSError),
     (RuntimeError("unexpected pos 64 vs 0\nmore of it"), OSError),  # torch.save on a full disk
 ])
-def test_what_was_written_before_stays_until_the_new_file_is_whole(tmp_path, error, raised):
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path, error, raised):
     path = tmp_path / "folder" / "file"
-    with written_atomically(path) as temporary:
-        temporary.write_text("old")
+    for content in ("oldest", "old"):
+        with written_atomically(path) as temporary:
+            temporary.write_text(content)
 
     with pytest.raises(raised) as caught:
         with written_atomically(path) as temporary:
             temporary.write_text("half of the new")
-            assert path.read_text() == "old"
             raise error
 
     assert path.read_text() == "old"
     assert os.listdir(path.parent) == ["file"]
-    if raised is OSError:
-        assert f"{path} could not be written" in sentence(caught)
+    assert raised is KeyboardInterrupt or f"{path} could not be written" in sentence(caught)
 
 
 # --- What the file says about itself --------------------------------------------------------------

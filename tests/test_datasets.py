@@ -5,7 +5,6 @@ augmentation and the stream; what evaluation reads.
 """
 
 import colorsys
-import dataclasses
 import os
 import re
 import shutil
@@ -277,40 +276,36 @@ def test_real_files_of_the_benchmarks(shared, data, labels, counts):
 
 @pytest.fixture
 def cities(tmp_path, monkeypatch):
-    """A labelled data set of one's own, in the layout of Cityscapes: one more entry of DATA."""
-    monkeypatch.setitem(DATA, "cities", dataclasses.replace(
-        DATA["ade20k"],
-        name="cities",
-        classes=("car", "road"),
-        base="cities",
-        images="leftImg8bit/{}",
-        annotations="gtFine/{}",
-        image_suffix="_leftImg8bit.png",
-        annotation_suffix="_gtFine_labelIds.png",
-        label_values=(26, 7),
-        ignored_values=(0, 4, 255),
-        split_folders={},
-    ))
+    """Two images in the layout of Cityscapes, which is an entry of DATA as in the README."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    entry = readme[readme.index('DATA["cityscapes"]'):].split("```")[0]
+    monkeypatch.setitem(DATA, "cityscapes", None)  # it is taken out again after the test
+    exec(entry, dict(vars(datasets)))
+
     for city in ("zurich", "aachen"):
-        images = tmp_path / "cities/leftImg8bit/train" / city
-        labels = tmp_path / "cities/gtFine/train" / city
+        images = tmp_path / "cityscapes/leftImg8bit/train" / city
+        labels = tmp_path / "cityscapes/gtFine/train" / city
         images.mkdir(parents=True)
         labels.mkdir(parents=True)
         noise(2, 3, 3).save(images / "same 1_leftImg8bit.png")
-        noise(2, 3, 3).save(images / "same 1_rightImg8bit.jpg")  # not of the data set
-        write_label(labels / "same 1_gtFine_labelIds.png", [[7, 26, 4], [0, 255, 26]])
-        write_label(labels / "same 1_gtFine_instanceIds.png", [[9, 9, 9], [9, 9, 9]])
+        write_label(labels / "same 1_gtFine_labelIds.png", [[7, 26, 4], [0, 255, 33]])
+        noise(2, 3, 3).save(images / "same 1_rightImg8bit.png")  # these two are not meant
+        noise(2, 3).save(labels / "same 1_gtFine_instanceIds.png")
     return tmp_path
 
 
-def test_a_data_set_of_ones_own_has_folders_suffixes_and_values_of_its_own(cities):
-    split = open_split("cities", cities, "train")
+def test_a_data_set_of_ones_own_is_one_entry(cities):
+    """With folders at any depth, suffixes and label values of its own."""
+    split = open_split("cityscapes", cities, "train")
 
     # Pseudo-labels are kept by name: two cities may hold files of one name, so the city is in it.
     assert split.names == ["aachen/same 1", "zurich/same 1"]
-    assert split.truth(1).tolist() == [[1, 0, IGNORE], [IGNORE, IGNORE, 0]]
-    path = cities / "cities/leftImg8bit/train/zurich/same 1_leftImg8bit.png"
-    assert np.array_equal(split.image(1).permute(1, 2, 0), np.array(Image.open(path)))
+    pixels = Image.open(cities / "cityscapes/leftImg8bit/train/zurich/same 1_leftImg8bit.png")
+    assert np.array_equal(split.image(1).permute(1, 2, 0), np.array(pixels))
+
+    road, car, bicycle = map(DATA["cityscapes"].classes.index, ("road", "car", "bicycle"))
+    expected = [[road, car, IGNORE], [IGNORE, IGNORE, bicycle]]
+    assert split.truth(1).tolist() == expected
 
 
 # --- Odd images -----------------------------------------------------------------------------------
@@ -525,7 +520,8 @@ def test_what_our_own_programs_drew_is_left_out_and_said(
         "--clip", str(tiny_clip_file), "--prompts", str(tmp_path / "prompts.txt"),
         "--short-side", "16", "--probabilities", "--out", str(photos), "--device", "cpu",
     ])
-    for name in ("eval_rectify.png", "eval_rectify.json", "eval_me.png", "sub/masks/carnival.png"):
+    real_photos = ("eval_me.png", "sub/masks/carnival.png", "cards/7.index.png")
+    for name in ("eval_rectify.png", "eval_rectify.json", *real_photos):
         (photos / name).parent.mkdir(exist_ok=True)
         noise(9, 8, 3).save(photos / name, format="PNG")
     drawn = len(list((photos / "masks/clip").rglob("*.png"))) + 1  # and eval_rectify.png
@@ -535,18 +531,21 @@ def test_what_our_own_programs_drew_is_left_out_and_said(
     monkeypatch.chdir(photos)
     names = Folder(".").names
 
-    assert set(names) == {*GOOD, "eval_me.png", "sub/masks/carnival.png"}  # the last two are photos
+    assert set(names) == {*GOOD, *real_photos}
     assert f"left out {drawn} images that eval.py drew" in capsys.readouterr().err
     monkeypatch.chdir(photos / "masks")
     with pytest.raises(ValueError, match="holds no readable image"):
         Folder(".")  # nor from within
 
 
-def test_images_of_one_name_are_told_apart_by_their_whole_path(photos):
+def test_images_of_one_name_are_told_apart_by_their_whole_path(photos, monkeypatch):
     assert Folder(photos / "sub/a.JPG", photos / "sub/deep").names == ["a.JPG", "c.WebP"]
 
     one, other = photos / "b.png", photos / "sub/b.png"
-    assert Folder(one, other, other).names == [one.as_posix(), other.as_posix()]
+    assert Folder(one, other).names == [one.as_posix(), other.as_posix()]
+
+    monkeypatch.chdir(photos)
+    assert Folder(".", photos, one).names == GOOD  # given twice, it is still one image
 
 
 # --- Resizing -------------------------------------------------------------------------------------
@@ -754,16 +753,19 @@ def test_an_item_follows_from_seed_and_number_alone(stream):
 
 
 def test_an_image_looks_different_each_time_and_under_each_seed(stream):
-    def shown(seed, epoch):
-        other = TrainingStream(stream.split, stream.transform, seed)
-        items = [other[s] for s in range(5 * epoch, 5 * epoch + 5)]
-        return {name: image for image, _, name in items}
+    one_image = Files(stream.split.image_paths[:1], None, ())
 
-    first, second, next_seed = shown(3, epoch=0), shown(3, epoch=1), shown(4, epoch=0)
+    seed_3 = TrainingStream(one_image, stream.transform, seed=3)
+    seed_4 = TrainingStream(one_image, stream.transform, seed=4)
 
-    assert not torch.equal(first["train_2"], second["train_2"])
-    assert not torch.equal(first["train_2"], next_seed["train_2"])
-    assert list(second) != list(next_seed)  # and is not what the next seed begins with
+    assert not torch.equal(seed_3[0][0], seed_3[1][0])
+    assert not torch.equal(seed_3[0][0], seed_4[0][0])
+
+
+def test_the_second_epoch_of_a_seed_is_not_the_first_of_the_next(stream):
+    next_seed = TrainingStream(stream.split, stream.transform, seed=4)
+
+    assert [stream[s][2] for s in range(5, 10)] != [next_seed[s][2] for s in range(5)]
 
 
 # --- What evaluation and pseudo-labels read -------------------------------------------------------
@@ -797,25 +799,33 @@ def test_thumbnails_are_clips_own_preprocessing_on_benchmarks_too(tmp_path, size
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 30000), (30000, 1)])
-def test_a_strip_becomes_a_thumbnail_without_becoming_gigantic(tmp_path, size):
+def test_a_strip_becomes_a_thumbnail_without_becoming_gigantic(tmp_path, monkeypatch, size):
     noise(*size).save(tmp_path / "a.png")
+    resize = v2.functional.resize
+    made = []
 
+    def watched(*arguments, **options):
+        made.append(resize(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(v2.functional, "resize", watched)
     image, _ = Thumbnails(Folder(tmp_path), 24)[0]
 
     assert image.shape == (3, 24, 24)
+    assert max(image.numel() for image in made) <= 4 * 3 * 24 * 24
 
 
 def test_progress_is_a_line_now_and_then(monkeypatch, capsys):
-    clock = iter([100.0, 110.0, 111.0, 130.0])
+    clock = iter([100.0, 105.0, 106.0, 130.0])
     monkeypatch.setattr(datasets.time, "perf_counter", lambda: next(clock))
 
     progress = Progress("eval", total=80, first=10, per_step=2)
-    progress(20)  # 10 steps in 10 s: 2 images/s, 60 steps left
+    progress(20)  # 10 steps in 5 s: 4 images/s, and 60 steps left
     progress(21)  # a second later: too early
     progress(80, "loss 1  ")
 
     assert capsys.readouterr().err.splitlines() == [
-        "eval  20/80  2.0 images/s  0:01:00 left",
+        "eval  20/80  4.0 images/s  0:00:30 left",
         "eval  80/80  loss 1  4.7 images/s  0:00:00 left",
     ]
 

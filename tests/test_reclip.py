@@ -184,6 +184,15 @@ def test_training_lowers_the_loss_and_leaves_clip_as_it_was(make_model, clip):
         assert torch.equal(value, before[key]), key
 
 
+def test_a_clip_that_could_learn_is_frozen(clip):
+    clip.train().requires_grad_()
+
+    ReCLIP(clip, ["cat", "dog"], W_q=torch.eye(2, 12))
+
+    assert not any(part.training for part in clip.modules())
+    assert not any(parameter.requires_grad for parameter in clip.parameters())
+
+
 # --- Images: two recipes, and padding -------------------------------------------------------------
 
 @pytest.mark.parametrize("recipe, colors", [
@@ -646,12 +655,12 @@ def test_names_are_cut_as_the_authors_published_files_have_them(clip):
     # Three tokens of [name, EOT] are left, and the largest id among them is read.
     words = ["the", "photo", "of", "cat", "dog"]
     the, photo, of, cat, dog = [clip.tokenizer.encode(word)[0] for word in words]
-    names = ["cat dog", "photo of the cat", "the photo of cat", "cat of the dog"]
+    names = ["cat dog", "photo of the cat", "the photo of cat", "cat dog of the"]
 
     part = ReferencePrompt(clip, names, 5, cut_names=True)
 
-    assert max(photo, of, the) == the and max(cat, of, the) == the
-    assert part.endings == [[cat, dog, clip.eot], [photo, of, the], [the], [cat, of, the]]
+    assert cat < dog < photo < of < the
+    assert part.endings == [[cat, dog, clip.eot], [photo, of, the], [the], [cat, dog, of]]
     assert ReferencePrompt(clip, names, 5).endings[2] == [the, photo, of, cat, clip.eot]
 
 
