@@ -619,7 +619,8 @@ class CLIP(nn.Module):
             name so that EOT is lost.)
         -> (C, D), not of length 1.
 
-        The values are those of encoding one text after the other, at about a tenth of the time.
+        The values are those of encoding one text after the other; with a shared prompt it takes
+        about a tenth of the time.
         All texts begin with the same SOT v_1 .. v_L, and in a causal tower the states of these
         tokens do not depend on what follows. So they are computed once, and the names are set
         after them one by one, in a single sequence: 117 tokens in place of 20 texts of 77 for VOC.
@@ -632,7 +633,8 @@ class CLIP(nn.Module):
             owner      -1  -1  -1 |  0   0  |    1     1    1     whose token; -1: the prompt's
 
         So "plant" reads SOT, v_1, v_2, "potted" and itself. Where each class has a prompt of its
-        own, all of them stand behind SOT, each owned by its class.
+        own, all of them stand behind SOT, each owned by its class. (A long sequence then: with 150
+        classes and 73 vectors it takes four times as long as texts side by side.)
         """
         L, E_t = prompt.shape[-2:]
         prompt_owners = [-1]
@@ -947,8 +949,6 @@ class ArchiveUnpickler(pickle._Unpickler):
         """A storage: the archive's record data/0, data/1, ... as a flat tensor."""
         _, dtype, key, _, count = record
         raw = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-        if count == 0:
-            return torch.empty(0, dtype=dtype)
         return torch.frombuffer(raw, dtype=dtype, count=count)  # raises if the record is too short
 
 

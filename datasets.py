@@ -310,8 +310,8 @@ def own_images(name, class_names):
     Its numbers are VOC's under the recipe 2025, whose threshold and top_k suit names of single,
     different things. Denoising is tuned to VOC, so it is off (ours). And there is no M_p (ours):
     the positional net starts with maps far larger than what CLIP's cosines differ by, and the steps
-    of a folder are too few to tame it. Of 20 images of shapes as such a folder, for which plain CLIP
-    has 44.2 mIoU, it made 35.7 to 38.8; without it there were 43.9 to 45.6.
+    of a folder are too few to tame it. Of 20 images of shapes as such a folder, for which plain
+    CLIP has 44.2 mIoU, it made 35.7 to 38.8; without it there were 43.9 to 45.6.
 
     name: a name for them. class_names: the classes to look for, at most 254 (truth and masks are
     bytes, and 255 = IGNORE).

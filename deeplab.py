@@ -187,6 +187,9 @@ def load_backbone(backbone, student, source):
         left out; nothing of the backbone may be missing.
     """
     if source == "imagenet":
+        if student not in torchvision.models.list_models():
+            raise ValueError(f"torchvision has no ImageNet weights for {student}: give "
+                             "backbone_weights a file, or none")
         weights = torchvision.models.get_model_weights(student).IMAGENET1K_V1
         state = weights.get_state_dict(progress=True, check_hash=True)
     else:
@@ -297,8 +300,8 @@ class DeepLabV2(nn.Module):
             raise ValueError(f"W_q {tuple(W_q.shape)} and W_r {tuple(W_r.shape)} must both have "
                              f"one row for each of the {len(class_names)} classes")
         if (head == "query_reference_positional") != (M_p is not None):
-            raise ValueError("M_p goes with the head query_reference_positional, and with no other: "
-                             "rectify with positional_channels not 0, or give another head")
+            raise ValueError("M_p goes with the head query_reference_positional, and with no "
+                             "other: rectify with positional_channels not 0, or give another head")
         if freeze_batch_norm is None:
             freeze_batch_norm = backbone_weights is not None
 
@@ -460,7 +463,7 @@ class DeepLabV2(nn.Module):
                 file.flush()
                 os.fsync(file.fileno())  # the data must be on the disk before the new name is
             os.replace(temporary, path)
-        except RuntimeError as error:    # what torch.save makes of a full disk
+        except (OSError, RuntimeError) as error:    # torch.save makes either of a full disk
             raise OSError(f"{path} could not be written; is the disk full? What was there before "
                           "is untouched") from error
         finally:

@@ -88,8 +88,13 @@ def confusion_matrix(prediction, truth, num_classes):
     """
     evaluated = truth != IGNORE                                         # (H0, W0) bool
 
+    predicted = prediction[evaluated].long()
+    if (predicted >= num_classes).any():
+        raise ValueError(f"the prediction holds {int(predicted.max())}, and there are "
+                         f"{num_classes} classes: a mask with a background cannot be evaluated")
+
     # The pair (t, p) as one number t * C + p, so that one histogram counts all pairs at once.
-    pairs = truth[evaluated].long() * num_classes + prediction[evaluated].long()
+    pairs = truth[evaluated].long() * num_classes + predicted
     counts = torch.bincount(pairs, minlength=num_classes ** 2)          # (C * C,)
     return counts.reshape(num_classes, num_classes)
 
@@ -209,10 +214,12 @@ def segment_image(model, image, probabilities=False, background_threshold=0.0):
     """The mask of an image: the class of each pixel, (H0, W0) uint8, at the image's own size.
 
     model: a ReCLIP or DeepLabV2 in eval mode; it keeps how large images are shown to it.
-    image: a path, a PIL image, or a tensor (3, H0, W0), uint8 or float in [0, 1].
+    image: a path; a PIL image, taken as it lies; or a tensor (3, H0, W0), uint8 or float in [0, 1].
     probabilities, background_threshold, and what is returned: as in predict_mask.
     """
     if isinstance(image, Image.Image):
+        if image.mode in ("CMYK", "YCbCr", "HSV", "LAB"):  # no PNG can hold these
+            image = image.convert("RGB")
         file = io.BytesIO()  # so that transparency and 16 bits are read as from any file
         image.save(file, "PNG", compress_level=1, exif=b"")
         image = file

@@ -57,7 +57,9 @@ Copied elsewhere (with clip_model.py), it is used like this:
     mask = segment(logits, model.output_stride, (H, W), (H, W))              # (H, W) uint8
 
 Where the paper and its authors' released code differ, a comment says so; where both are worth a
-run, a field of Options chooses. "ours" was chosen here.
+run, a field of Options chooses. "ours" was chosen here. The defaults are for the paper's long
+trainings; few images of your own want recipe="2025" and positional_channels=0 (datasets.own_images
+says why).
 """
 
 import dataclasses

@@ -464,8 +464,7 @@ def label_training_set(model, split, settings, path, workers=0):
 
     They come from CLIP alone and never change, so they are made once and kept in `path` by
     image name (the released code pairs them by line number with an unsorted directory listing).
-    A file that was made from something else is made anew. (That an image was changed under its old
-    name is not noticed.)
+    A file that was made from something else is made anew.
     """
     how = {"threshold": settings.threshold, "top_k": settings.top_k}
     find = partial(find_in_thumbnails, model, split, settings, workers)
@@ -481,7 +480,7 @@ def kept_labels(model, split, path, how, find):
         "classes": list(model.class_names),
         "prompts": list(model.prompts),
         "clip": model.clip.identity(),
-        "images": crc32(repr(split.names).encode()),
+        "images": images_crc(split),
     }
     found = read_image_labels(path, identity)
     if found is None:
@@ -496,6 +495,12 @@ def kept_labels(model, split, path, how, find):
         labels[name] = torch.zeros(len(model.class_names), dtype=torch.bool)
         labels[name][classes] = True
     return labels
+
+
+def images_crc(split):
+    """A number for the images of a split: their names, and the sizes of their files."""
+    sizes = [path.stat().st_size for path in getattr(split, "image_paths", [])]
+    return crc32(repr((split.names, sizes)).encode())
 
 
 def find_in_thumbnails(model, split, settings, workers):
@@ -548,7 +553,7 @@ def identity_of(model, split, labels, settings, run):
         "class_names": list(model.class_names),
         "prompts": list(model.prompts),
         "clip": model.clip.identity(),
-        "images": crc32(repr(split.names).encode()),
+        "images": images_crc(split),
         "labels": crc32(repr(classes_found).encode()),
         "seed": run.seed,
         "processes": run.processes,
@@ -608,7 +613,8 @@ class Run:
             self.first = self.earlier_step()
         elif self.resume:
             print(f"there is no {self.checkpoint} to go on with: the training begins")
-        self.rows = []
+        self.rows = []       # of the log, since the last save
+        self.columns = None  # of the log
         if self.rank == 0:
             self.cut_log()
         self.progress = Progress(self.stage, self.steps, self.first, self.images_per_step)
@@ -645,10 +651,11 @@ class Run:
         """Leaves of an earlier log the rows before the first step."""
         kept = []
         if self.first:
-            with self.log_path.open(newline="") as file:
+            with self.log_path.open(newline="", encoding="utf-8") as file:
                 kept = list(csv.reader(file))[:self.first + 1]
+            self.columns = kept[0]
         with written_atomically(self.log_path) as temporary:
-            with temporary.open("w", newline="") as file:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(kept)
 
     def batches(self):
@@ -693,8 +700,13 @@ class Run:
 
     def log(self, step, **numbers):
         """A row of the CSV (written with the next save) and the progress line."""
-        if step == 0:
-            self.rows.append(["step", *numbers])
+        columns = ["step", *numbers]
+        if self.columns is None:
+            self.columns = columns
+            self.rows.append(columns)
+        if self.columns != columns:
+            raise ValueError(f"{self.log_path} has other columns than {', '.join(columns)}: give "
+                             "another --out, or begin anew with --overwrite")
         self.rows.append([step, *(f"{number:.6g}" for number in numbers.values())])
         if self.rank == 0:
             shown = "".join(f"{name} {number:.4g}  " for name, number in numbers.items())
@@ -708,7 +720,7 @@ class Run:
             return
 
         try:
-            with self.log_path.open("a", newline="") as file:
+            with self.log_path.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(self.rows)
             self.rows = []
         except OSError as error:  # on Windows a table that is open elsewhere; later it may go in
@@ -740,21 +752,26 @@ def rectify(dataset, options, settings, split, clip, labels_path, run):
 def print_spreads(model, split):
     """How far do M_q, M_r and M_p hold the classes apart? On the first image, mean over patches.
 
-    A bias is a correction. Where M_p's spread is above that of M_q, masks show where CLIP leans,
-    and no longer what the image shows: in short trainings it can end so.
+    A bias is a correction. Where its spread is above that of M_q, masks show how CLIP leans, and no
+    longer what the image shows: in short trainings it can end so, by M_p above all.
     """
     sides = (model.protocol["long_side"], model.protocol["short_side"])
     image = resize_within(split.image(0), *sides, model.protocol["antialias"])
     output = model(to_float(image)[None].to(model.W_q.device))
     spreads = {}
-    for name in ("query", "reference", "positional"):
-        logits = getattr(output, name)                                  # (1, C or 1, h, w)
+    for name, logits in (
+        ("M_q", output.query),
+        ("M_r", output.reference),
+        ("M_p", output.positional),
+        ("bias", output.rectified - output.query),
+    ):
         spreads[name] = logits.std(1, correction=0).mean().item()
 
-    print("standard deviation over classes: M_q {query:.3f}, M_r {reference:.3f}, "
-          "M_p {positional:.3f}".format(**spreads))
-    if spreads["positional"] > spreads["query"]:
-        print("M_p outweighs what CLIP sees: train longer, or with a smaller --positional-gain")
+    shown = ", ".join(f"{name} {spread:.3f}" for name, spread in spreads.items())
+    print(f"standard deviation over classes: {shown}")
+    if spreads["bias"] > spreads["M_q"]:
+        print("the bias outweighs what CLIP sees: train longer, or with a smaller "
+              "--positional-gain or --lr")
 
 
 def distill(dataset, settings, split, teacher, labels_path, run):
@@ -800,6 +817,9 @@ def make_parser():
     add("--device", default=best_device(), help="cpu, cuda, mps (default: the best there is)")
     add("--workers", type=int,
         help="processes that decode images (default: 4 beside a GPU, else 0)")
+    add("--threads", type=int,
+        help="of the CPU (default: 1 on shapes, else torch's own); sums depend on it, so that a "
+        "training is resumed with as many")
     add("--split", help="split of the table of --stage all (default: test of shapes, else val)")
 
     # Every hyper-parameter is an option too. None means: not given, so the data set's own.
@@ -901,9 +921,9 @@ def main(argv=None):
 
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
-    if args.data == "shapes" and args.device == "cpu":
-        # Tensors this small gain little from more threads, and stall on shared cores.
-        torch.set_num_threads(1)
+    if args.threads or args.data == "shapes":
+        # Two threads take two thirds of the time on free cores, and ten times as long on busy ones.
+        torch.set_num_threads(args.threads or 1)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         args.device = join_processes(args.stage, args.device)
 

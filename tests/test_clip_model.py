@@ -260,7 +260,7 @@ class QuickGELU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width, gelu, mask=None):
+    def __init__(self, width, gelu, attn_mask=None):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, width // 64, batch_first=True)
         self.ln_1 = nn.LayerNorm(width)
@@ -268,11 +268,11 @@ class Block(nn.Module):
             c_fc=nn.Linear(width, 4 * width), gelu=gelu(), c_proj=nn.Linear(4 * width, width)
         ))
         self.ln_2 = nn.LayerNorm(width)
-        self.mask = mask
+        self.attn_mask = attn_mask
 
     def forward(self, x):
         y = self.ln_1(x)
-        x = x + self.attn(y, y, y, attn_mask=self.mask, need_weights=False)[0]
+        x = x + self.attn(y, y, y, attn_mask=self.attn_mask, need_weights=False)[0]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -451,7 +451,7 @@ def test_prompted_texts_are_those_of_one_at_a_time(clip, shape, cut):
 # --- Files of weights -----------------------------------------------------------------------------
 
 def save_archive(clip, path):
-    """OpenAI's form: a traced model; matrices in half precision; its sizes as tensors."""
+    """OpenAI's form: model and code; matrices in half precision; its sizes as tensors."""
     model = OpenAI(clip)
     sizes = {"input_resolution": 20, "context_length": 23, "vocab_size": clip.eot + 1}
     for name, size in sizes.items():
@@ -459,12 +459,15 @@ def save_archive(clip, path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch deprecates to write such files; we only read them
-        traced = torch.jit.trace(model, (torch.zeros(1, 3, 20, 20), clip.tokenize("a cat")))
-        for parameter in traced.parameters():
+        if "traced" in path.name:
+            archive = torch.jit.trace(model, (torch.zeros(1, 3, 20, 20), clip.tokenize("a cat")))
+        else:
+            archive = torch.jit.script(model)
+        for parameter in archive.parameters():
             if parameter.ndim > 1:
                 storage = torch.cat([torch.zeros(1), parameter.flatten()]).half()
                 parameter.data = storage[1:].view_as(parameter)  # begins behind another number
-        torch.jit.save(traced, str(path))
+        torch.jit.save(archive, str(path))
 
 
 def hugging_face(state):
@@ -545,7 +548,8 @@ def half(state):
 
 # Files by name -> what they hold, from OpenAI's state dict; save writes them as the names say.
 FORMS = {
-    "OpenAI's archive.pt": None,
+    "traced archive.pt": None,
+    "scripted archive.pt": None,
     "plain.pt": lambda state: state,
     "in half precision.pt": half,
     "from before PyTorch 1.6.pth": lambda state: state,
@@ -698,7 +702,7 @@ def test_files_of_other_things_are_refused(tmp_path, name, content):
 
 
 @pytest.mark.parametrize("form", [
-    "OpenAI's archive.pt",
+    "traced archive.pt",
     "plain.pt",
     "from before PyTorch 1.6.pth",
     "Hugging Face's.safetensors",
@@ -713,9 +717,9 @@ def test_truncated_files_are_refused(odd_clip, tmp_path, form):
 
 
 def test_an_archive_whose_numbers_are_too_few_is_refused(odd_clip, tmp_path):
-    save_archive(odd_clip, tmp_path / "whole.pt")
+    save_archive(odd_clip, tmp_path / "traced.pt")
 
-    with zipfile.ZipFile(tmp_path / "whole.pt") as whole:
+    with zipfile.ZipFile(tmp_path / "traced.pt") as whole:
         with zipfile.ZipFile(tmp_path / "short.pt", "w") as short:
             for name in whole.namelist():
                 content = whole.read(name)

@@ -370,18 +370,19 @@ def test_features_of_unchanging_images_are_computed_once(clip):
 
 @pytest.mark.parametrize("gain", [0.01, 9.0])
 def test_rectification_ends_with_the_spread_of_each_logit(start, capsys, gain):
-    """Where M_p has more of it than M_q, the masks are the bias's own: that is said."""
+    """Where the bias has more of it than M_q, the masks are the bias's own: that is said."""
     sides = dict(rectify_long_side=14, rectify_short_side=10)
     model = start("rectify", "run", rectify_epochs=1, positional_gain=gain, **sides)
     printed = capsys.readouterr().out
 
     output = model(SmallImages().image(0)[None].float() / 255)
     shown = []
-    for letter, logits in zip("qrp", output[:3]):
+    parts = (output.query, output.reference, output.positional, output.query - output.rectified)
+    for name, logits in zip(("M_q", "M_r", "M_p", "bias"), parts):
         variance = (logits - logits.mean(1, keepdim=True)).square().mean(1)
-        shown.append(f"M_{letter} {variance.sqrt().mean().item():.3f}")
+        shown.append(f"{name} {variance.sqrt().mean().item():.3f}")
     assert f"standard deviation over classes: {', '.join(shown)}\n" in printed
-    assert ("M_p outweighs what CLIP sees" in printed) == (gain == 9)
+    assert ("the bias outweighs what CLIP sees" in printed) == (gain == 9)
 
 
 class Weighted(ReCLIP):
