@@ -984,13 +984,14 @@ def print_table(rows, dataset, labelled, split_name, workers):
     """Evaluates models and prints a table in the form of the paper's Tables 2 and 4.
 
     rows: (title, model, folder of its results). labelled: the split with its truth.
-    In the image of examples the masks of all rows so far stand side by side.
+    In the image of examples the masks of the rows so far, of the same folder, stand side by side.
     """
     lines = []
-    beside = []  # (model, miou) of the rows so far
+    beside = {}  # folder: (model, miou) of its rows so far
     for title, model, folder in rows:
-        result = evaluate_split(model, dataset, labelled, split_name, folder, beside, workers)
-        beside.append((model, result["miou"]))
+        earlier = beside.setdefault(folder, [])
+        result = evaluate_split(model, dataset, labelled, split_name, folder, earlier, workers)
+        earlier.append((model, result["miou"]))
         lines.append(f"  {title:<28}{100 * result['miou']:5.1f}")
 
     print(f"\n{dataset.name} {split_name}, mIoU")
