@@ -238,7 +238,8 @@ DATA = {
         annotations="SegmentationClassContext",
         lists="ImageSets/SegmentationContext",
         label_values=tuple(range(1, 60)),
-        ignored_values=(0,),  # none of the 59. 255 is in no file but those that start at 0: refused
+        ignored_values=(0,),  # none of the 59. Not 255: only copies that start at 0 hold it, and
+                              # they must raise an error
         official={"train": "4996, in the paper 4998", "val": "5104, in the paper 5105"},
     ),
     "ade20k": DataSet(
@@ -267,7 +268,7 @@ DATA = {
         images="images/{}",
         annotations="annotations/{}",
         label_values=tuple(range(1, 151)),
-        ignored_values=(0,),  # other. 255 is in no file but those that start at 0: refused
+        ignored_values=(0,),  # other; not 255, as above
         official={"train": "20210", "val": "2000"},
         split_folders={"train": "training", "val": "validation"},
     ),
@@ -369,7 +370,7 @@ def read_classes(text):
 def read_lines(path):
     """The lines of a text file without the empty ones and the remarks, which begin with #.
 
-    UTF-8 or, as some Windows programs save it, UTF-16; with a byte-order mark or without, and with
+    UTF-8, with a byte-order mark or without, or UTF-16 with one, as some Windows programs save it;
     the line ends of any system. ValueError: another encoding, whose names would come out wrong.
     """
     content = Path(path).read_bytes()
@@ -506,7 +507,7 @@ def read_image(path, draft=False):
             return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} does not exist, though the list of the split or its folder named it"
+            f"{path} does not exist"
         ) from None
     except Exception as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error

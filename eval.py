@@ -660,7 +660,7 @@ def make_parser():
 
 
 def parse_arguments(argv=None):
-    """The command line. ValueError: an option that would be ignored."""
+    """The command line. ValueError: options that do not go together."""
     args = make_parser().parse_args(argv)
     if args.checkpoint and args.stage == "clip":
         raise ValueError("--checkpoint goes with --stage rectify and distill; plain CLIP has none")

@@ -40,7 +40,7 @@ multiplies them, each for a task of its own (values: VOC's):
     tau       0.01   Eq. (5)  CLIP's own temperature, 1 / exp(logit_scale)
     mask_tau  0.01   Eq. (6)  as Eq. (5)'s, for the student's logits at each pixel; Table 6's learnt
                               classifier finds its own scale and has 1
-    scale     100    evaluation only: softmax(100 M) where a threshold on a probability is asked for
+    scale     100    evaluation only: softmax(100 M) where a probability is asked for
 
 Copied elsewhere (with clip_model.py), it is used like this:
     model = ReCLIP(load_clip("ViT-B/16"), ["cat", "dog", "grass"])
@@ -129,7 +129,7 @@ class ReferencePrompt(nn.Module):
     clip -> W_r (C, D). On the patches of a cow CLIP's logit for "dog" may be too high (Fig. 1b).
     M_r = Z . W_r learns that excess, of each class and on each kind of patch, and M_q - M_r is free
     of it. W_r is not a free C x D matrix but comes from texts: so it stays among the directions
-    that CLIP's text encoder can make, and the L shared vectors are all that is learnt.
+    that CLIP's text encoder can make, and L vectors are all that is learnt.
 
     class_names: the Reference reads the first synonym only, the Query all of them. For a bias one
         text per class is enough, since the vectors before it are learnt.
@@ -242,9 +242,9 @@ def bias_logits(reference_logits, positional_logits):
 def rectify_logits(query_logits, bias, subtract=True):
     """Eq. (3): M = M_q - M_b, all (B, C, h, w): what CLIP says, minus what it would say anyway.
 
-    subtract: False adds M_b instead (Table 5). A bias that is free could take either sign. Ours is
-        not. M_p is never below 0, since its net ends in a ReLU, and W_r must come from texts. So
-        plus and minus are different models. The paper measures minus to be better, and speculates
+    subtract: False adds M_b instead (Table 5). If the bias could be any map, it would learn the
+        sign, and plus and minus would be one model. Ours cannot: W_r must come from texts, and with
+        its last ReLU M_p is never below 0. The paper measures minus to be better, and speculates
         that it is the better prior.
     """
     if subtract:
@@ -397,8 +397,8 @@ class ReCLIP(nn.Module):
     prompts: templates of the Query, with {} for the name; None: PROMPTS.
     attention: how CLIP's last block is read, a function like clip_model.maskclip (the paper's).
         extras/paper.py has others. Its name goes into the checkpoint.
-    reading: of the authors' published files, which read patches with a class token and a layer norm
-        eps of their own: {"class_token": (E_v,), "eps": 1e-6}.
+    reading: None, but for checkpoints that extras/published.py has converted: their class token and
+        layer norm eps, {"class_token": (E_v,), "eps": 1e-6}.
     protocol: how evaluation shows it images, kept in the checkpoint for eval.py: {"long_side": ..,
         "short_side": .., "antialias": .., "denoise": ..}.
     options: fields of Options, by name: ReCLIP(clip, names, tau_1=0.01).
@@ -751,8 +751,9 @@ def segment(
         pixels = interpolate(logits, (h * output_stride, w * output_stride))[:H, :W]
         mask = interpolate(pixels, (H0, W0)).argmax(over classes)
 
-    Here strips of rows are made of the same numbers: bilinear interpolation is a product with one
-    matrix along columns and one along rows (weights_of_cells).
+    The code gives the same with less memory. Bilinear resizing is linear: each row of pixels is a
+    fixed mix of rows of the grid, and so with columns. With these mixes Y and X (weights_of_cells)
+    pixels = Y . logits . X^T, and a strip of Y's rows gives a strip of the mask.
 
     output_stride: pixels of the seen image from one cell of the grid to the next.
     image_size: (H, W) of the image that the network saw. The cells may reach over its edge, where

@@ -11,7 +11,7 @@ What stands here
     train_distillation       stage 2: the loop of Sec. 3.5
     Settings                 every hyper-parameter of the two loops, with unit and source
     hyper_parameters         where each gets its value: the default, the data set, the command line
-    stream, features, learning rate, gradients, the models that the loops start from
+    training_stream, frozen_features, poly_learning_rate, average_gradients, new_reclip, new_student
     label_training_set       pseudo-labels of the training images (Sec. 3.4), kept by name
     Run                      bookkeeping of a loop: resume, log, save
     rectify, distill         a stage from a data set on: model, pseudo-labels, loop
@@ -169,9 +169,8 @@ def train_distillation(teacher, student, split, labels, settings, run):
     sides = (settings.distill_long_side, settings.distill_short_side)
     stream = training_stream(split, sides, settings.distill_crop, settings, run.seed)
 
-    # Eq. (6) makes probabilities of cosines with the temperature of Eq. (5); a classifier that
-    # learns finds its own scale. (Eq. (4) divides by the teacher's tau_1 under every head: beside a
-    # classifier's large logits its noise hardly counts.)
+    # Eq. (6) needs a temperature: Eq. (5)'s for heads of cosines, 1 for a classifier, which learns
+    # its own scale.
     mask_tau = settings.mask_tau
     if mask_tau is None:
         mask_tau = 1.0 if settings.head == "original" else teacher.tau
@@ -255,7 +254,8 @@ EACH = dataclasses.MISSING  # no default: each data set's entry has its own
 class Settings:
     """Every hyper-parameter of the two loops, with unit and source. (The model's: reclip.Options.)
 
-    "released": the authors' code, on all three benchmarks.
+    "released": the authors' code, on all three benchmarks. What has no default here differs between
+    data sets: its numbers stand in datasets.DATA, released too, but for those of shapes.
     """
     # Rectification, Sec. 3.1-3.4
     rectify_epochs: int = option(EACH, "epochs of rectification")
@@ -365,7 +365,7 @@ def frozen_features(model, stream, device):
 
 
 def poly_learning_rate(lr, epoch, horizon, power):
-    """Sec. 4.1: lr (1 - epoch / horizon)^power. Changed once an epoch, as released."""
+    """Sec. 4.1: lr (1 - epoch / horizon)^power. By epochs, as released, not by steps."""
     return lr * (1 - min(epoch / horizon, 1)) ** power
 
 
@@ -611,7 +611,7 @@ class Run:
         self.first = 0
         if self.checkpoint.is_file() and not self.overwrite:
             self.first = self.earlier_step()
-        elif self.resume:
+        elif self.resume and self.rank == 0 and not self.checkpoint.is_file():
             print(f"there is no {self.checkpoint} to go on with: the training begins")
         self.rows = []       # of the log, since the last save
         self.columns = None  # of the log
@@ -650,9 +650,10 @@ class Run:
     def cut_log(self):
         """Leaves of an earlier log the rows before the first step."""
         kept = []
-        if self.first:
+        if self.first and self.log_path.is_file():
             with self.log_path.open(newline="", encoding="utf-8") as file:
                 kept = list(csv.reader(file))[:self.first + 1]
+        if kept:
             self.columns = kept[0]
         with written_atomically(self.log_path) as temporary:
             with temporary.open("w", newline="", encoding="utf-8") as file:
@@ -700,6 +701,8 @@ class Run:
 
     def log(self, step, **numbers):
         """A row of the CSV (written with the next save) and the progress line."""
+        if self.rank > 0:
+            return
         columns = ["step", *numbers]
         if self.columns is None:
             self.columns = columns
@@ -708,9 +711,8 @@ class Run:
             raise ValueError(f"{self.log_path} has other columns than {', '.join(columns)}: give "
                              "another --out, or begin anew with --overwrite")
         self.rows.append([step, *(f"{number:.6g}" for number in numbers.values())])
-        if self.rank == 0:
-            shown = "".join(f"{name} {number:.4g}  " for name, number in numbers.items())
-            self.progress(step + 1, shown)
+        shown = "".join(f"{name} {number:.4g}  " for name, number in numbers.items())
+        self.progress(step + 1, shown)
 
     def save(self, step):
         """Once an epoch and at the end, in process 0: the log, then the checkpoint."""

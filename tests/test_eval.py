@@ -18,7 +18,7 @@ import eval as evaluation
 import reference
 from clip_model import load_clip
 from conftest import close, command, sentence
-from datasets import DATA, IGNORE, Evaluation, Folder, open_split
+from datasets import DATA, IGNORE, Evaluation, Folder, open_split, own_images
 from deeplab import DeepLabV2
 from eval import (
     GREY,
@@ -653,3 +653,11 @@ def test_own_images_where_a_terminal_cannot_print_their_names(trained, small_sha
         report = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
         assert report["image"] == name and sum(report["areas"].values()) == pytest.approx(1)
         assert report["protocol"]["short_side"] == 48
+
+
+def test_plain_clip_is_read_by_the_first_recipe_of_its_data_set(clip):
+    for dataset, recipe in (
+        (own_images("own", ("cat", "dog")), "2025"), (DATA["voc"], "cvpr2024")
+    ):
+        model = plain_clip(clip, dataset, W_q=torch.eye(len(dataset.classes), 12))
+        assert model.options.recipe == recipe

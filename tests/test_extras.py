@@ -1418,3 +1418,24 @@ def test_the_quick_benchmark_needs_no_file_and_writes_all_its_numbers(tmp_path, 
     assert voc["classes"] == 20 and voc["loss"] == pytest.approx(voc["plain_loss"], rel=1e-4)
     assert report["evaluation"]["min"] > 0 and report["data"]["min"] > 0
     assert report["distillation"]["seconds"]["min"] > 0
+
+
+def test_labels_by_windows_are_made_anew_for_other_sides_or_windows(clip, blocks, tmp_path):
+    model, path = spread(clip), tmp_path / "labels.json"
+    own = open_split(str(blocks), None, "train")
+    made = []
+    for short_side, side in ((80, 24), (40, 24), (40, 20)):
+        _, settings = train.hyper_parameters(
+            DATA["voc"], rectify_long_side=100, rectify_short_side=short_side
+        )
+        plusplus.label_by_windows(model, own, settings, side, path)
+        made.append(json.loads(path.read_text())["identity"])
+    assert made[0] != made[1] != made[2]
+
+
+def test_a_converted_checkpoint_says_where_its_clip_is(clip, tmp_path):
+    """So it can be copied elsewhere without the CLIP."""
+    model = ReCLIP(clip, ["cat", "dog"], W_q=torch.eye(2, 12), prompt_length=2)
+    published.save_with_clip(model, tmp_path / "first" / "rectify.pt")
+    content = torch.load(tmp_path / "first" / "rectify.pt", weights_only=True)
+    assert content["clip"]["source"] == str((tmp_path / "first" / "clip.pt").resolve())

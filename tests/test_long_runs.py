@@ -409,7 +409,8 @@ def test_photographs_become_masks_on_the_command_line(photographs, tiny_clip_fil
     for result in (training, masks):
         assert "skipped broken.jpg" in result.stderr and "1 .txt" in result.stderr
         for line in result.stderr.splitlines():
-            assert not (line.startswith(str(ROOT)) and "EncodingWarning" in line), line
+            ours = line.startswith(str(ROOT)) and "site-packages" not in line
+            assert not (ours and "EncodingWarning" in line), line
 
     folder = out / "masks" / "rectify"
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}

@@ -325,7 +325,7 @@ def test_eval_uses_the_running_statistics_and_moves_none(make_model):
 def test_each_size_of_image_has_its_own_positional_logits(make_model):
     model = make_model().eval()
 
-    for height, width in ((13, 18), (18, 13), (13, 18)):
+    for height, width in ((13, 18), (13, 30), (18, 13), (30, 13), (13, 18)):
         some = images(1, height, width)
         close(model(some).rectified, expected_output(model, some).detach())
 
@@ -691,3 +691,9 @@ def test_the_tour_shows_every_step(capsys):
     printed = capsys.readouterr().out
     for symbol in ("Z ", "W_q", "W_r", "M_q", "M_r", "M_p", "M_b", "M^", "S ", "Eq. (5)"):
         assert symbol in printed
+
+
+@pytest.mark.parametrize("last_relu", [True, False])
+def test_the_last_relu_of_the_positional_net_is_an_option(make_model, last_relu):
+    M_p = make_model(positional_last_relu=last_relu).positional_logits(4, 5)
+    assert (M_p >= 0).all() == last_relu

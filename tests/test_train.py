@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 import reference
 import train
 from conftest import close, sentence
-from datasets import DATA, Augment, Thumbnails, TrainingStream, own_images
+from datasets import DATA, Augment, Thumbnails, TrainingStream, open_split, own_images
 from deeplab import DeepLabV2
 from reclip import ReCLIP
 
@@ -264,7 +264,7 @@ def test_distillation_is_this_loop(clip, tmp_path):
     split = SmallImages()
     settings = settings_without_chance(
         student="tiny", backbone_weights="none", distill_epochs=3, distill_batch=2, distill_lr=0.3,
-        distill_lr_floor=0.2, alpha=0.4, beta=0.3,
+        distill_lr_floor=0.2, alpha=0.4, beta=0.3, rectify_poly_epochs=5,
         distill_crop=24, distill_long_side=14, distill_short_side=10,
     )
     teacher = unsettled_model(clip, pool="mask").eval()
@@ -928,3 +928,33 @@ def test_all_stages_resumed_do_nothing_twice(trained, small_shapes, tmp_path, ca
     assert all(path.read_bytes() == content for path, content in before.items())
     table = capsys.readouterr().out.split("mIoU\n")[1].split("masks:")[0]
     assert table == trained.printed.split("mIoU\n")[1].split("masks:")[0]
+
+
+def test_a_new_student_is_a_function_of_its_seed(clip):
+    """Of one teacher: making a teacher seeds too."""
+    options, settings = train.hyper_parameters(OWN)
+    teacher = train.new_reclip(clip, OWN, options, settings, seed=0).eval()
+    made = []
+    for seed in (3, 3, 4):
+        torch.rand(5)  # what was drawn before must not matter
+        made.append(train.new_student(teacher, OWN, settings, seed).state_dict())
+    assert equal(made[0], made[1]) and not equal(made[0], made[2])
+
+
+def test_resume_with_other_pseudo_labels_is_refused(start, tmp_path):
+    """A file of labels edited by hand: no setting tells."""
+    start("rectify", "run")
+    path = tmp_path / "run" / "image_labels.json"
+    content = json.loads(path.read_text())
+    content["labels"]["a"] = [1] if content["labels"]["a"] == [0] else [0]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="cannot resume .*: labels was"):
+        start("rectify", "run", resume=True)
+
+
+def test_another_image_under_the_same_name_is_noticed(make_voc):
+    split = open_split("voc", make_voc({"train": 2}), "train")
+    before = train.images_crc(split)
+    with split.image_paths[1].open("ab") as file:
+        file.write(b"more")
+    assert train.images_crc(split) != before
