@@ -681,6 +681,10 @@ class CLIP(nn.Module):
         x = last(x, mask[ends], rows=ends)[0]                                   # (C, E_t)
         return self.ln_final(x) @ self.text_projection                          # (C, D)
 
+    def temperature(self):
+        """CLIP's tau, by which it divides cosines: 0.01 in OpenAI's weights."""
+        return 1 / self.logit_scale.exp().item()
+
     # ---- Weights ----
 
     def identity(self):

@@ -58,7 +58,7 @@ Copied elsewhere (with clip_model.py), it is used like this:
 
 Where the paper and its authors' released code differ, a comment says so; where both are worth a
 run, a field of Options chooses. "ours" was chosen here. The defaults are for the paper's long
-trainings; few images of your own want recipe="2025" and positional_channels=0 (datasets.own_images
+trainings; few images of your own want recipe="2025" and positional_gain=None (datasets.own_images
 says why).
 """
 
@@ -206,7 +206,8 @@ class PositionalBias(nn.Module):
         norm M_p starts with a spread of about 1, more than the cosines of different classes differ
         by (0.02 in OpenAI's CLIP, 0.2 in that of shapes): at first M_p decides the masks. The
         paper's long trainings tame it. In a short one a small factor makes M_p start small and,
-        since gradients carry it too, move calmly.
+        since gradients carry it too, move calmly. CLIP's temperature is a good one: the cosines of
+        a CLIP differ by a few of it.
     """
 
     def __init__(self, width, channels, last_relu=True, gain=1.0):
@@ -355,7 +356,8 @@ class Options:
         None, "channels of M_p: one a class if not given (released), 1 (Eq. (2)), 0: no M_p")
     positional_last_relu: bool = option(
         True, "ReLU after the last batch norm of the positional net (released)")
-    positional_gain: float = option(1.0, "fixed factor on M_p, for a small start (ours)")
+    positional_gain: float = option(
+        1.0, "fixed factor on M_p, for a small start (ours); None: CLIP's temperature")
     subtract: bool = option(True, "subtract the bias; else add it (Table 5)")
     tau_1: float = option(0.001, "temperature of the Gumbel-softmax, Eq. (4) (released)")
     tau: float = option(
@@ -430,7 +432,7 @@ class ReCLIP(nn.Module):
         self.output_stride = clip.visual.patch    # pixels from one patch to the next
         self.tau = options.tau
         if self.tau is None:
-            self.tau = 1 / clip.logit_scale.exp().item()
+            self.tau = clip.temperature()
 
         # Texts and whole images (the pseudo-labels) are encoded by CLIP as it was trained. For
         # patches the recipe may run the same weights in another way.
@@ -463,9 +465,10 @@ class ReCLIP(nn.Module):
             channels = len(class_names)
         if channels:
             width = clip.visual.class_embedding.numel()                 # E_v
-            self.positional = PositionalBias(
-                width, channels, options.positional_last_relu, options.positional_gain
-            )
+            gain = options.positional_gain
+            if gain is None:
+                gain = clip.temperature()
+            self.positional = PositionalBias(width, channels, options.positional_last_relu, gain)
 
         # In eval mode nothing learns, so the heads, and M_p on the grid of the last image, are made
         # once and kept. They are no part of the state dict.
