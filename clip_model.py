@@ -7,7 +7,7 @@ cats or dogs. ReCLIP (Sec. 3.1) asks the same question of every patch of the ima
 
 What stands here, from top to bottom
     normalize_pixels          pixels in [0, 1] as CLIP's image encoder wants them
-    Tokenizer, tokenize       text -> token ids, identical to OpenAI's (byte-pair encoding)
+    Tokenizer                 text -> token ids, identical to OpenAI's (byte-pair encoding)
     ResidualAttentionBlock    a layer of either transformer
     maskclip                  how ReCLIP reads the last layer of the image tower (Sec. 3.1)
     VisionTransformer         image -> tokens; its positional embedding is p of Sec. 3.3
@@ -256,11 +256,6 @@ class Tokenizer:
             ids = ids[:context_length - 1] + [self.end]
             tokens[i, :len(ids)] = torch.tensor(ids)
         return tokens
-
-
-def tokenize(texts, context_length=77, truncate=False):
-    """A str or a list of N -> (N, context_length) int64, in OpenAI's vocabulary."""
-    return Tokenizer.from_file()(texts, context_length, truncate)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -206,8 +206,8 @@ class PositionalBias(nn.Module):
         norm M_p starts with a spread of about 1, more than the cosines of different classes differ
         by (0.02 in OpenAI's CLIP, 0.2 in that of shapes): at first M_p decides the masks. The
         paper's long trainings tame it. In a short one a small factor makes M_p start small and,
-        since gradients carry it too, move calmly. CLIP's temperature is a good one: the cosines of
-        a CLIP differ by a few of it.
+        since gradients carry it too, move calmly. A quarter of CLIP's temperature is a good one:
+        the cosines of a CLIP differ by a few temperatures.
     """
 
     def __init__(self, width, channels, last_relu=True, gain=1.0):
@@ -357,7 +357,7 @@ class Options:
     positional_last_relu: bool = option(
         True, "ReLU after the last batch norm of the positional net (released)")
     positional_gain: float = option(
-        1.0, "fixed factor on M_p, for a small start (ours); None: CLIP's temperature")
+        1.0, "fixed factor on M_p, for a small start (ours); None: a quarter of CLIP's temperature")
     subtract: bool = option(True, "subtract the bias; else add it (Table 5)")
     tau_1: float = option(0.001, "temperature of the Gumbel-softmax, Eq. (4) (released)")
     tau: float = option(
@@ -467,7 +467,7 @@ class ReCLIP(nn.Module):
             width = clip.visual.class_embedding.numel()                 # E_v
             gain = options.positional_gain
             if gain is None:
-                gain = clip.temperature()
+                gain = clip.temperature() / 4
             self.positional = PositionalBias(width, channels, options.positional_last_relu, gain)
 
         # In eval mode nothing learns, so the heads, and M_p on the grid of the last image, are made

@@ -820,18 +820,18 @@ def make_parser():
     add("--workers", type=int,
         help="processes that decode images (default: 4 beside a GPU, else 0)")
     add("--threads", type=int,
-        help="of the CPU (default: 1 on shapes, else torch's own); sums depend on it, so that a "
+        help="of the CPU (default: 2 on shapes, else torch's own); sums depend on it, so that a "
         "training is resumed with as many")
     add("--split", help="split of the table of --stage all (default: test of shapes, else val)")
 
     # Every hyper-parameter is an option too. None means: not given, so the data set's own.
     group = parser.add_argument_group("hyper-parameters", "defaults in brackets, by data set")
     for field in (*dataclasses.fields(Options), *dataclasses.fields(Settings)):
-        spellings = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
+        spelling = f"--{field.name.replace('_', '-')}"
         kind = {"type": field.type, "choices": field.metadata["choices"]}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(*spellings, default=None, help=describe(field), **kind)
+        group.add_argument(spelling, default=None, help=describe(field), **kind)
     return parser
 
 

@@ -486,15 +486,17 @@ def test_masks_stay_below_their_folder(tmp_path, name, below):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_folder_of_your_own_ends_above_plain_clip(slow, tmp_path, seed):
-    """100 images of shapes with its CLIP, names, prompts and thresholds; all else: own images'.
+@pytest.mark.parametrize("count, loss_allowed", [(20, 1.0), (100, 0.0)])
+def test_a_folder_of_your_own_ends_above_plain_clip(slow, tmp_path, count, loss_allowed, seed):
+    """Images of shapes with its CLIP, names, prompts and thresholds; all else: own images'.
 
-    But for their size: 64 pixels in place of 336, or it would take hours.
+    But for their size: 64 pixels in place of 336, or it would take hours. With -s it prints a cell
+    of the README's table.
     """
     shapes = DATA["shapes"]
     split = open_split("shapes", None, "train")
     (tmp_path / "folder").mkdir()
-    for i in range(100):
+    for i in range(count):
         image = Image.fromarray(split.image(i).permute(1, 2, 0).numpy())
         image.save(tmp_path / "folder" / f"{i:03}.png")
     (tmp_path / "prompts.txt").write_text("\n".join(shapes.prompts))
@@ -510,10 +512,11 @@ def test_a_folder_of_your_own_ends_above_plain_clip(slow, tmp_path, seed):
     plain.protocol = model.protocol
 
     miou = []
-    split.names = split.names[:100]
+    split.names = split.names[:count]
     for of in (plain, model):
         confusion = torch.zeros(8, 8, dtype=torch.int64)
         for mask, truth, _ in evaluation.predict_split(of, split, "folder"):
             confusion += evaluation.confusion_matrix(mask, truth, 8)
-        miou.append(evaluation.scores(confusion)["miou"])
-    assert miou[1] > miou[0], miou
+        miou.append(100 * evaluation.scores(confusion)["miou"])
+    print(f"{count} images, seed {seed}: plain CLIP {miou[0]:.1f}, trained {miou[1]:.1f}")
+    assert miou[1] > miou[0] - loss_allowed

@@ -16,6 +16,7 @@ import reclip
 import reference
 from clip_model import QuickGELU, load_clip
 from conftest import close, sentence
+from datasets import own_images
 from reclip import (
     PROMPTS,
     PositionalBias,
@@ -649,6 +650,15 @@ def test_a_gain_changes_nothing_but_the_scale_of_M_p():
     for a, b in zip(*[net.state_dict().values() for net in nets], strict=True):
         assert torch.equal(a, b)
     close(nets[1](p), 0.05 * nets[0](p), 1e-7)
+
+
+def test_images_of_your_own_start_M_p_at_a_quarter_of_CLIPs_temperature(clip):
+    gain = own_images("images", ["cat", "dog"]).numbers["positional_gain"]
+
+    model = ReCLIP(clip, ["cat", "dog"], positional_gain=gain)
+
+    assert model.positional.gain == pytest.approx(clip.temperature() / 4)
+    assert ReCLIP(clip, ["cat", "dog"]).positional.gain == 1
 
 
 def test_names_are_cut_as_the_authors_published_files_have_them(clip):

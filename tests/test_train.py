@@ -546,10 +546,9 @@ def test_the_command_line_comes_before_the_data_set_before_the_default(monkeypat
 
 @pytest.mark.parametrize("words, name, value", [
     (["--top-k", "3"], "top_k", 3),
-    (["--top_k", "3"], "top_k", 3),
     (["--positional-channels", "1"], "positional_channels", 1),   # an option of the model
     (["--no-positional-last-relu"], "positional_last_relu", False),
-    (["--query_learnable"], "query_learnable", True),
+    (["--query-learnable"], "query_learnable", True),
     (["--mask-tau", "0.5"], "mask_tau", 0.5),
     (["--pool", "mask"], "pool", "mask"),
 ])
