@@ -709,7 +709,7 @@ def find_dataset(args):
 def main(argv=None):
     args = parse_arguments(argv)
     if args.data == "shapes" and args.device == "cpu":
-        torch.set_num_threads(1)  # as in train.py: tensors this small stall on shared cores
+        torch.set_num_threads(1)  # more would stall where another program needs a core
 
     # Images first: if they are missing, that is said before CLIP is loaded or fetched.
     if args.stage == "clip" or not args.images:

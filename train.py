@@ -38,6 +38,10 @@ from functools import partial
 from pathlib import Path
 from zlib import crc32
 
+# Threads that wait for each other by spinning stall where another program needs the core: a step of
+# shapes on two threads then took 2 s in place of 0.1. These sleep. (libgomp's, read with torch.)
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -168,6 +172,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
     )
     sides = (settings.distill_long_side, settings.distill_short_side)
     stream = training_stream(split, sides, settings.distill_crop, settings, run.seed)
+    features = frozen_features(teacher, stream, run.device)
 
     # Eq. (6) needs a temperature: Eq. (5)'s for heads of cosines, 1 for a classifier, which learns
     # its own scale.
@@ -197,8 +202,8 @@ def train_distillation(teacher, student, split, labels, settings, run):
         # What the teacher says. Its masks M~ are taken for the truth: every pixel gets a class, and
         # none is looked up anywhere. Where an image was padded there is nothing to learn.
         with torch.no_grad():
-            taught = teacher(images, valid)               # Output: .rectified is M, .features is Z
-            M = teacher.to_pixels(taught.rectified, H, W)                        # (B, C, H, W)
+            Z = features(images, valid, names)                                   # (B, D, h, w)
+            M = teacher.to_pixels(teacher.rectify(Z).rectified, H, W)            # (B, C, H, W)
             teacher_masks = M.argmax(1).masked_fill(~valid, IGNORE)              # (B, H, W)
 
         # What the student sees in the same images. On a GPU its convolutions run in bf16; what
@@ -212,7 +217,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
 
         # Eq. (7): its features should be the teacher's, since its head is made of CLIP's texts.
         feature_loss = feature_guided_loss(
-            taught.features, Z_student, valid, teacher.to_pixels, student.to_pixels
+            Z, Z_student, valid, teacher.to_pixels, student.to_pixels
         )
 
         # Eq. (4)-(5) again: what lies under the student's own masks should look like their texts.
@@ -924,8 +929,7 @@ def main(argv=None):
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
     if args.threads or args.data == "shapes":
-        # Two threads take two thirds of the time on free cores, and ten times as long on busy ones.
-        torch.set_num_threads(args.threads or 1)
+        torch.set_num_threads(args.threads or 2)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         args.device = join_processes(args.stage, args.device)
 

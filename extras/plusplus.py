@@ -375,7 +375,7 @@ def main(argv=None):
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
     if args.data == "shapes" and args.device == "cpu":
-        torch.set_num_threads(1)  # as train.py does
+        torch.set_num_threads(1)  # tensors this small gain little from more threads
     if "TORCHELASTIC_RUN_ID" in os.environ:
         args.device = join_processes("rectify", args.device)
 
