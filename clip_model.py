@@ -348,13 +348,13 @@ class ResidualAttentionBlock(nn.Module):
             x <- x + out_proj(value(ln_1(x)))        in place of   x + out_proj(sum_j a_ij value_j)
             x <- x + mlp(ln_2(x))
 
-        Why this gives local features that can be compared with texts: CLIP was trained on the class
+        Why this gives local features that can be compared with texts (an intuition: it leaves aside
+        the residual, and that layer norm and MLP are not linear): CLIP was trained on the class
         token alone. In the last block the class token adds up all patches' values, weighted by the
         attention a, and that sum is what had to match the caption. So the value of a patch is a
         summand of a vector that lives where the texts live, and it tells what this patch holds.
         What a patch itself would gather here with its query, from all over the image, was never
-        used in training, and it would blur what the patch shows. (An intuition: it leaves out the
-        residual, and that layer norm and MLP are not linear.)
+        used in training, and it would blur what the patch shows.
 
         Each position is treated alone, and alike: on the grid, the value layer and the output
         layer are the two 1x1 convolutions of Sec. 3.1. That section does not mention the residual

@@ -314,12 +314,12 @@ def own_images(name, class_names):
     few to tame it. Of 20 images of shapes as such a folder, for which plain CLIP has 44.2 mIoU, it
     made 35.7 and 38.8; with CLIP's temperature as its gain there are 46.9, 42.0 and 45.1.
 
-    name: a name for them. class_names: the classes to look for, at most 254 (truth and masks are
+    name: a name for them. class_names: the classes to look for, at most 255 (truth and masks are
     bytes, and 255 = IGNORE).
     """
-    if len(class_names) > 254:
+    if len(class_names) > 255:
         raise ValueError(
-            f"{len(class_names)} classes are named: 254 at most (masks are bytes, 255 = ignored)"
+            f"{len(class_names)} classes are named: 255 at most (masks are bytes, 255 = ignored)"
         )
     voc = DATA["voc"]
     return DataSet(
@@ -477,10 +477,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 def read_image(path, draft=False):
-    """Reads any image as uint8 (H, W, 3).
-
-    It is turned upright as its EXIF data say; what is transparent becomes white; gray values of
-    more than 8 bits, and floats, are scaled (Pillow's own conversion would clip them).
+    """Reads any image file as uint8 (H, W, 3), upright as its EXIF data say; see to_rgb.
 
     draft: only find out whether the file is readable. A JPEG is then decoded to its end, but at an
         eighth of its size, which is much faster.
@@ -493,24 +490,31 @@ def read_image(path, draft=False):
             deep = any(";16" in str(tile) for tile in image.tile)  # 16 bits a color, in the file
 
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = scale_gray(image, (255, 1023, 4095, 16383, 65535))  # 8, 10, 12, 14, 16 bits
-            elif image.mode == "F":
-                image = scale_gray(image, (1, 255))
-            elif deep and np.asarray(image.convert("RGB")).max() < 64:
+            gray = image.mode.startswith("I")
+            if deep and not gray and np.asarray(image.convert("RGB")).max() < 64:
                 # Pillow has kept the upper 8 of the 16 bits: of 12 bits only 4 are left.
                 raise ValueError("it fills 14 of its 16 bits a color at most: save it with 8")
-
-            if "A" in image.getbands() or "transparency" in image.info:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return np.array(image.convert("RGB"))
+            return to_rgb(image)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} does not exist"
-        ) from None
+        raise FileNotFoundError(f"{path} does not exist") from None
     except Exception as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> uint8 (H, W, 3).
+
+    What is transparent becomes white; gray values of more than 8 bits, and floats, are scaled
+    (Pillow's own conversion would clip them).
+    """
+    if image.mode.startswith("I"):
+        image = scale_gray(image, (255, 1023, 4095, 16383, 65535))  # 8, 10, 12, 14, 16 bits
+    elif image.mode == "F":
+        image = scale_gray(image, (1, 255))
+    if "A" in image.getbands() or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
 
 
 def scale_gray(image, tops):
@@ -550,9 +554,9 @@ class Files:
         self.label_values = tuple(label_values)
         self.antialias = antialias
         self.names = [path.stem for path in image_paths]
-        if len(self.label_values) > 254:
+        if len(self.label_values) > 255:
             raise ValueError(
-                f"there are {len(self.label_values)} label values, one a class: 254 at most "
+                f"there are {len(self.label_values)} label values, one a class: 255 at most "
                 "(truth is bytes, 255 = ignored)"
             )
 

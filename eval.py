@@ -32,7 +32,6 @@ Copied elsewhere, confusion_matrix and scores need no more than torch and IGNORE
 """
 
 import argparse
-import io
 import json
 import math
 import re
@@ -62,6 +61,7 @@ from datasets import (
     read_prompts,
     resize_within,
     to_float,
+    to_rgb,
     voc_palette,
 )
 from deeplab import DeepLabV2
@@ -217,14 +217,9 @@ def segment_image(model, image, probabilities=False, background_threshold=0.0):
     image: a path; a PIL image, taken as it lies; or a tensor (3, H0, W0), uint8 or float in [0, 1].
     probabilities, background_threshold, and what is returned: as in predict_mask.
     """
-    if isinstance(image, Image.Image):
-        if image.mode in ("CMYK", "YCbCr", "HSV", "LAB"):  # no PNG can hold these
-            image = image.convert("RGB")
-        file = io.BytesIO()  # so that transparency and 16 bits are read as from any file
-        image.save(file, "PNG", compress_level=1, exif=b"")
-        image = file
     if not isinstance(image, torch.Tensor):
-        image = torch.from_numpy(read_image(image)).permute(2, 0, 1)    # uint8 (3, H0, W0)
+        pixels = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
+        image = torch.from_numpy(pixels).permute(2, 0, 1)               # uint8 (3, H0, W0)
 
     protocol = protocol_of(model)
     sides = (protocol["long_side"], protocol["short_side"])
@@ -534,7 +529,7 @@ def segment_images(model, images, out, probabilities=False, background_threshold
         if probabilities:
             for c in found:
                 if c != IGNORE:
-                    class_name = re.sub(r"[^\w -]", "_", shown_names[c])
+                    class_name = re.sub(r'[<>:"/\\|?*]', "_", shown_names[c])
                     levels = (255 * result[1][c]).round().byte()        # (H0, W0)
                     Image.fromarray(levels.numpy()).save(f"{path}.{class_name}.png")
         progress(i + 1)

@@ -139,10 +139,9 @@ class ReferencePrompt(nn.Module):
         whole C x D matrix: a row has length about 1 / sqrt(C), and M_r is a mild correction to M_q.
         "class" gives each row length 1: M_r is then as large as M_q itself.
     prompt_per_class: True gives each class L vectors of its own (ours; CoOp's class-specific
-        contexts). The paper shares them "for efficiency". With a shared prompt the rows of W_r
-        differ only by what the text encoder makes of that prompt before each name. A small encoder
-        makes nearly the same of it before every name: it moves all rows alike, and what all classes
-        share cancels.
+        contexts). The paper shares them "for efficiency". A small text encoder makes nearly the
+        same of one prompt before every name: it moves all rows of W_r by the same vector, and a
+        logit that all classes share changes no mask.
     cut_names: for the files that the authors published; see cut_ending.
     """
 
@@ -201,13 +200,13 @@ class PositionalBias(nn.Module):
         cancels in every softmax and argmax over classes: it changes no mask and receives no
         gradient. The released code has C, one per class, and so do we; channels=1 is the
         paper's version.
-    last_relu: released: a ReLU after the last batch norm too, hence M_p >= 0. The paper: not said.
+    last_relu: released: a ReLU after the last batch norm too, hence M_p >= 0. (The paper ends with
+        the batch norm.)
     gain: fixed factor on the output (ours; 1, as in the paper, on the benchmarks). After a batch
-        norm M_p starts with a spread of about 1, more than the cosines of different classes differ
-        by (0.02 in OpenAI's CLIP, 0.2 in that of shapes): at first M_p decides the masks. The
-        paper's long trainings tame it. In a short one a small factor makes M_p start small and,
-        since gradients carry it too, move calmly. A quarter of CLIP's temperature is a good one:
-        the cosines of a CLIP differ by a few temperatures.
+        norm and a ReLU M_p starts with a spread of 0.6, more than the cosines of different classes
+        differ by (0.02 in OpenAI's CLIP, 0.2 in that of shapes): at first M_p decides the masks.
+        The paper's long trainings tame it. In a short one a small factor makes M_p start small and,
+        since gradients carry it too, move calmly (datasets.own_images has numbers).
     """
 
     def __init__(self, width, channels, last_relu=True, gain=1.0):
@@ -243,10 +242,9 @@ def bias_logits(reference_logits, positional_logits):
 def rectify_logits(query_logits, bias, subtract=True):
     """Eq. (3): M = M_q - M_b, all (B, C, h, w): what CLIP says, minus what it would say anyway.
 
-    subtract: False adds M_b instead (Table 5). If the bias could be any map, it would learn the
-        sign, and plus and minus would be one model. Ours cannot: W_r must come from texts, and with
-        its last ReLU M_p is never below 0. The paper measures minus to be better, and speculates
-        that it is the better prior.
+    subtract: False adds M_b instead (Table 5). That is another model, not the same one with another
+        sign: W_r must come from texts, and with its last ReLU M_p is never below 0. The paper
+        measures minus to be better, and speculates that it is the better prior.
     """
     if subtract:
         return query_logits - bias
@@ -344,8 +342,8 @@ class Options:
     recipe: str = option(
         "cvpr2024", "how CLIP is run for patches: RECIPES in reclip.py", ("cvpr2024", "2025"))
     prompt_length: int = option(
-        73, "L of Eq. (1), in tokens; shortened so that the longest class name fits (Sec. 3.2); 0: "
-        "no Reference")
+        73, "L of Eq. (1), in tokens (Sec. 3.2); shortened so that the longest class name fits "
+        "(ours); 0: no Reference")
     prompt_per_class: bool = option(
         False, "each class has L vectors of its own (ours); the paper's are shared")
     reference_norm: str = option(
@@ -656,7 +654,7 @@ def check_texts(class_names, prompts):
     names = []
     if not isinstance(class_names, str):
         for entry in class_names:
-            names += [name.strip() for name in entry.split("|")]
+            names += [name.strip().lower() for name in entry.split("|")]
     repeated = len(set(names)) < len(names)
     if isinstance(class_names, str) or len(class_names) < 2 or repeated or "" in names:
         raise ValueError("class names must be a list of two or more, all different, none empty: "
@@ -754,8 +752,9 @@ def segment(
         pixels = interpolate(logits, (h * output_stride, w * output_stride))[:H, :W]
         mask = interpolate(pixels, (H0, W0)).argmax(over classes)
 
-    The code gives the same with less memory. Bilinear resizing is linear: each row of pixels is a
-    fixed mix of rows of the grid, and so with columns. With these mixes Y and X (weights_of_cells)
+    The code gives the same, but some rows of the mask at a time: C numbers for each pixel of a
+    large image need much memory. Bilinear resizing is linear: each row of pixels is a fixed mix of
+    rows of the grid, and so with columns. With these mixes Y and X (weights_of_cells)
     pixels = Y . logits . X^T, and a strip of Y's rows gives a strip of the mask.
 
     output_stride: pixels of the seen image from one cell of the grid to the next.
@@ -780,7 +779,6 @@ def segment(
     y = weights_of_cells(h, output_stride, image_size[0], label_size[0]).to(logits)     # (H0, h)
     x = weights_of_cells(w, output_stride, image_size[1], label_size[1]).to(logits)     # (W0, w)
 
-    # C numbers per pixel of a large image would not fit into memory: some rows at a time.
     rows_at_once = max(1, 2 ** 24 // (C * len(x)))
     strips = []
     for y_strip in y.split(rows_at_once):

@@ -38,8 +38,8 @@ from functools import partial
 from pathlib import Path
 from zlib import crc32
 
-# Threads that wait for each other by spinning stall where another program needs the core: a step of
-# shapes on two threads then took 2 s in place of 0.1. These sleep. (libgomp's, read with torch.)
+# OpenMP's threads wait for each other by spinning, and stall where another program needs a core: a
+# step of shapes took 2 s in place of 0.1. Here they soon sleep. (Read when torch is imported.)
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -550,7 +550,8 @@ def print_label_histogram(found, class_names):
 def identity_of(model, split, labels, settings, run):
     """{name: value}: what must not differ when a training is resumed.
 
-    All hyper-parameters are in it, those of the other stage too: so nobody has to tell which count.
+    All hyper-parameters are in it, those of the other stage too: so nobody has to tell which count
+    (and stage 1 is not resumed with another --distill-lr).
     """
     identity = dataclasses.asdict(model.options) | dataclasses.asdict(settings)
     classes_found = [(name, row.nonzero().tolist()) for name, row in labels.items()]
@@ -629,7 +630,7 @@ class Run:
         """What does the checkpoint that is there mean for this training? -> its first step
 
         With --resume it is loaded, if it is of the same training. Without, it is replaced; but not
-        if it is the end of another one.
+        if it is the end of another one. (A file that train.py did not write counts as an end.)
         """
         content = read_checkpoint(self.checkpoint)
         training = content.get("training") or {"identity": {}, "step": 0, "steps": 0}
@@ -815,9 +816,11 @@ def make_parser():
     add("--teacher", type=Path,
         help="rectification that --stage distill learns from (default: <out>/rectify.pt)")
     add("--out", type=Path, help="where checkpoints go (default: runs/<data>)")
-    add("--resume", action="store_true",
+    what_is_there = parser.add_mutually_exclusive_group()
+    what_is_there.add_argument("--resume", action="store_true",
         help="go on where the same command was stopped, if there is something to go on with")
-    add("--overwrite", action="store_true", help="replace a finished checkpoint of other settings")
+    what_is_there.add_argument("--overwrite", action="store_true",
+        help="replace a finished checkpoint of other settings")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--epochs", type=int,
         help="short for --rectify-epochs, with --stage distill for --distill-epochs")
