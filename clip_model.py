@@ -1131,8 +1131,9 @@ def load_clip(name_or_path="ViT-B/16", device="cpu", quick_gelu=True):
     except Exception as error:  # a file can hold anything
         # The first sentence alone: torch's second one is advice to load the file unsafely.
         reason = " ".join(str(error).split()).split(". ")[0][:200]
+        again = "; delete it to have it downloaded again" if named else ""
         raise ValueError(f"{path} does not hold the weights of a ViT CLIP, or is damaged "
-                         f"({type(error).__name__}: {reason})") from error
+                         f"({type(error).__name__}: {reason}){again}") from error
 
     clip.source = name_or_path if named else str(path.resolve())
     return clip.eval().requires_grad_(False).to(device)

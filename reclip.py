@@ -58,14 +58,14 @@ Copied elsewhere (with clip_model.py), it is used like this:
 
 Where the paper and its authors' released code differ, a comment says so; where both are worth a
 run, a field of Options chooses. "ours" was chosen here. The defaults are for the paper's long
-trainings; few images of your own want recipe="2025" and positional_gain=None (datasets.own_images
+trainings; a folder of your own wants recipe="2025" and positional_gain=None (datasets.own_images
 says why).
 """
 
 import dataclasses
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import torch
@@ -629,7 +629,8 @@ class ReCLIP(nn.Module):
             clip = load_clip(source, device or "cpu", known["quick_gelu"])
         if clip.identity() != known["identity"]:
             raise ValueError(f"{path} was learnt on another CLIP than {clip.source}: give the "
-                             f"weights (and activation) of {known['source']} with --clip")
+                             f"weights of {known['source']} with --clip (or another activation, by "
+                             "--exact-gelu)")
 
         learnt = content["learnt"]
         model = cls(
@@ -694,7 +695,7 @@ def find_clip(checkpoint_path, source):
     if source in MODELS:
         places = [*places, source]
     elif source:
-        name = Path(source).name
+        name = PureWindowsPath(source).name  # it knows both slashes, on every system
         places = [*places, Path(source), folder / name, clip_home / name]
 
     for place in places:

@@ -935,6 +935,16 @@ def test_another_model_under_a_name_is_refused(home, offered, monkeypatch, size)
     assert "not of the size of ViT-B/16" in sentence(caught)
 
 
+def test_an_error_page_in_place_of_hugging_faces_file_is_to_be_deleted(home, offered):
+    offered(404, b"<html>please log in</html>")
+
+    with pytest.raises(ValueError) as caught:
+        load_clip("ViT-B/16")
+
+    assert f"{home / 'vit-base.bin'} does not hold" in sentence(caught)
+    assert "delete it to have it downloaded again" in sentence(caught)
+
+
 # --- Writing --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error, raised", [

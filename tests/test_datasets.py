@@ -170,6 +170,8 @@ def test_names_in_any_script_are_trained_on_where_a_terminal_cannot_print_them(
     "/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png",
     "JPEGImages/2007_000032.jpg",
     "2007_000032.jpg",
+    "2007_000032.png",
+    "JPEGImages/2007_000032",
     "2007_000032 -1",
 ])
 def test_a_list_in_another_style_is_answered_with_a_line_as_it_should_be(voc_root, line):
@@ -209,8 +211,10 @@ def test_vocs_labels_are_read_by_index_0_and_255_are_ignored(voc_root):
 def test_labels_may_have_any_values(tmp_path, label_values, ignored, labels, truth):
     kind = np.uint16 if max(label_values) > 255 else np.uint8
     path = write_label(tmp_path / "a.png", labels, kind)
+    as_older_pillow_opens_16_bits = write_label(tmp_path / "a.tif", labels, np.int32)
 
-    assert Files([path], [path], label_values, ignored).truth(0).tolist() == truth
+    for path in (path, as_older_pillow_opens_16_bits):
+        assert Files([path], [path], label_values, ignored).truth(0).tolist() == truth
 
 
 @pytest.mark.parametrize("data, classes", [("ade20k", 150), ("context", 59)])

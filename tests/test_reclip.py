@@ -457,6 +457,9 @@ def test_the_same_clip_from_any_file_will_do(saved, tmp_path, monkeypatch):
         here = here.rename(place)
         assert same(ReCLIP.load(saved.path)(some), expected), place
 
+    windows_path = "C:\\weights\\" + saved.clip_path.name
+    assert reclip.find_clip(saved.path, windows_path) == here
+
     here.rename(tmp_path / "elsewhere.pt")
     with pytest.raises(FileNotFoundError) as caught:
         ReCLIP.load(saved.path)

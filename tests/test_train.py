@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+import eval as evaluation
 import reference
 import train
 from conftest import close, sentence
@@ -555,6 +556,19 @@ def test_the_command_line_comes_before_the_data_set_before_the_default(monkeypat
 def test_each_hyper_parameter_is_an_option_and_changes_nothing_else(words, name, value):
     ordinary = hyper_parameters_of("--data", "voc")
     assert hyper_parameters_of("--data", "voc", *words) == ordinary | {name: value}
+
+
+@pytest.mark.parametrize("words, quick_gelu", [([], True), (["--exact-gelu"], False)])
+def test_the_command_line_says_which_gelu_a_clip_has(monkeypatch, tmp_path, words, quick_gelu):
+    asked = []
+    monkeypatch.setattr(train, "load_clip", lambda *arguments: asked.append(arguments) or 1 / 0)
+    monkeypatch.setattr(evaluation, "load_clip", train.load_clip)
+
+    for main in (train.main, evaluation.main):
+        with pytest.raises(ZeroDivisionError):
+            main(["--stage", "clip" if main is evaluation.main else "rectify", *words])
+
+    assert [arguments[2] for arguments in asked] == [quick_gelu, quick_gelu]
 
 
 def test_help_tells_source_and_values_of_each_data_set(capsys):
