@@ -443,7 +443,7 @@ def open_split(data, root, split):
     if not source.exists():
         raise FileNotFoundError(
             f"{source} is missing: python extras/prepare.py {data} --root {root} --download "
-            "fetches the data set, and without --download says what lies in the wrong place"
+            "fetches the paper's data sets, and without --download says what lies in a wrong place"
         )
 
     names = []

@@ -79,6 +79,7 @@ Sources: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutio
 Convolution, and Fully Connected CRFs" (2018), which is DeepLab V2; torchvision's ResNets.
 """
 
+import math
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -191,7 +192,11 @@ def load_backbone(backbone, student, source):
             raise ValueError(f"torchvision has no ImageNet weights for {student}: give "
                              "backbone_weights a file, or none")
         weights = torchvision.models.get_model_weights(student).IMAGENET1K_V1
-        state = weights.get_state_dict(progress=True, check_hash=True)
+        try:
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise OSError(f"ImageNet's weights of {student} could not be fetched ({error}): give "
+                          "backbone_weights a file, or none") from error
     else:
         state = read_file(source)
 
@@ -425,11 +430,12 @@ class DeepLabV2(nn.Module):
         # s * i, almost half a cell before the middle of where it is drawn; training through this
         # function teaches the convolutions to make up for it.)
         h, w = grid.shape[-2:]
-        size = (h * self.output_stride, w * self.output_stride)
-        if size[0] < height or size[1] < width:
-            raise ValueError(f"a grid of {h} x {w} cells of {self.output_stride} pixels does not "
-                             f"cover an image of {height} x {width}: the backbone must round the "
-                             "number of cells up, as convolutions with padding do")
+        stride = self.output_stride
+        if (h, w) != (math.ceil(height / stride), math.ceil(width / stride)):
+            raise ValueError(f"{h} x {w} cells of {stride} pixels are not those of an image of "
+                             f"{height} x {width}: the backbone must have this stride, and round "
+                             "the number of cells up, as convolutions with padding do")
+        size = (h * stride, w * stride)
         pixels = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)
         return pixels[..., :height, :width]
 

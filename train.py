@@ -116,7 +116,8 @@ def train_rectification(model, split, labels, settings, run):
         lr = poly_learning_rate(
             settings.lr, run.epoch(step), settings.rectify_poly_epochs, settings.poly_power
         )
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
         # Which classes do these images hold? CLIP's own guess, made once on the center square of
         # each image, which is how CLIP sees images; no annotation is opened anywhere. The crop may
@@ -193,7 +194,8 @@ def train_distillation(teacher, student, split, labels, settings, run):
             settings.distill_lr, run.epoch(step), settings.distill_epochs, settings.poly_power
         )
         lr = max(lr, settings.distill_lr_floor)
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
         # Which classes do these images hold? CLIP's guess once more, for the text-guided loss.
         present = torch.stack([labels[name] for name in names]).to(run.device)   # (B, C) bool

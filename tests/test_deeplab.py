@@ -265,7 +265,7 @@ def test_cells_become_4_x_4_pixels_and_what_reaches_over_the_edge_is_cut_off(H, 
     close(student.to_pixels(grid, H, W), reference.enlarge(grid, 4, H, W))
 
 
-def test_a_backbone_that_rounds_the_number_of_cells_down_is_refused(monkeypatch):
+def test_a_backbone_of_another_stride_or_that_rounds_down_is_refused(monkeypatch):
     """Its last row would be missing, and everything else a little too far down."""
     floored = nn.Conv2d(3, 6, 4, stride=4)
     monkeypatch.setitem(STUDENTS, "floored", Student(lambda: floored, 6, 4, (1, 2), False))
@@ -273,9 +273,10 @@ def test_a_backbone_that_rounds_the_number_of_cells_down_is_refused(monkeypatch)
     grid = student(torch.rand(1, 3, 16, 27)).rectified                  # 4 x 6 cells
 
     assert student.to_pixels(grid, 16, 24).shape == (1, C, 16, 24)
-    with pytest.raises(ValueError) as caught:
-        student.to_pixels(grid, 16, 27)
-    assert "4 x 6 cells of 4 pixels does not cover an image of 16 x 27" in sentence(caught)
+    for H, W in ((16, 27), (8, 12)):  # (8, 12): as if the row in STUDENTS had twice its stride
+        with pytest.raises(ValueError) as caught:
+            student.to_pixels(grid, H, W)
+        assert f"4 x 6 cells of 4 pixels are not those of an image of {H} x {W}" in sentence(caught)
 
 
 # --- What learns ----------------------------------------------------------------------------------
