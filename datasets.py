@@ -320,7 +320,7 @@ def own_images(name, class_names):
         CLIP's temperature    0.01     40.8 .. 47.8 (six)
         a quarter of it       0.01     42.7 .. 48.5 (nine)
         no M_p                0.01     41.8 .. 45.6 (six)
-        a quarter of it       0.001    @LR
+        a quarter of it       0.001    43.6 .. 47.5 (nine)
 
     name: a name for them. class_names: the classes to look for, at most 255 (truth and masks are
     bytes, and 255 = IGNORE).
