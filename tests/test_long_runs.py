@@ -223,7 +223,9 @@ def test_a_log_that_is_open_elsewhere_stops_nothing(arguments, tmp_path, monkeyp
 
 def test_two_processes_average_their_gradients(arguments, tiny_clip_file, tmp_path):
     """torchrun, 5 images, 2 epochs: 5 steps, each the mean of the gradients of two images."""
-    given = arguments("rectify", "run", "--epochs", "2", "--no-flip", "--no-photometric")
+    given = arguments(
+        "rectify", "run", "--epochs", "2", "--lr", "0.01", "--no-flip", "--no-photometric"
+    )
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          str(ROOT / "train.py"), *given],
