@@ -616,6 +616,7 @@ class CLIP(nn.Module):
 
         The values are those of encoding one text after the other; with a shared prompt it takes
         about a tenth of the time.
+
         All texts begin with the same SOT v_1 .. v_L, and in a causal tower the states of these
         tokens do not depend on what follows. So they are computed once, and the names are set
         after them one by one, in a single sequence: 117 tokens in place of 20 texts of 77 for VOC.
