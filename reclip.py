@@ -58,8 +58,8 @@ Copied elsewhere (with clip_model.py), it is used like this:
 
 Where the paper and its authors' released code differ, a comment says so; where both are worth a
 run, a field of Options chooses. "ours" was chosen here. The defaults are for the paper's long
-trainings; a folder of your own wants recipe="2025" and positional_gain=None (datasets.own_images
-says why).
+trainings; a folder of your own wants recipe="2025", positional_gain=None and a tenth of the
+learning rate (datasets.own_images says why).
 """
 
 import dataclasses
