@@ -185,12 +185,12 @@ class Tokenizer:
 
     @classmethod
     @lru_cache  # read once; all models share one copy
-    def from_file(cls, path=None):
-        """OpenAI's tokenizer. path: bpe_simple_vocab_16e6.txt.gz; None: the one in $CLIP_HOME."""
+    def from_file(cls):
+        """OpenAI's tokenizer, from bpe_simple_vocab_16e6.txt.gz in $CLIP_HOME."""
         # The file holds more merges than CLIP was trained with. It uses the first 48,894: together
         # with 2 * 256 characters, SOT and EOT these are its 49,408 tokens.
         count = 49408 - 2 * 256 - 2
-        with gzip.open(path or find_file(VOCABULARY), "rt", encoding="utf-8") as file:
+        with gzip.open(find_file(VOCABULARY), "rt", encoding="utf-8") as file:
             lines = file.read().split("\n")[1:count + 1]  # the first line is a title
         return cls([line.split() for line in lines])
 
@@ -323,7 +323,7 @@ class Attention(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """x + attention, then x + MLP, a layer norm before each of the two (pre-norm)."""
 
-    def __init__(self, width, heads, hidden, activation=QuickGELU):
+    def __init__(self, width, heads, hidden, activation):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
@@ -342,37 +342,34 @@ class ResidualAttentionBlock(nn.Module):
         x = x + attended
         return x + self.mlp(self.ln_2(x))
 
-    def value_path(self, x):
-        """The block without query and key (Sec. 3.1, from MaskCLIP): (B, T, E) -> (B, T, E).
-
-            x <- x + out_proj(value(ln_1(x)))        in place of   x + out_proj(sum_j a_ij value_j)
-            x <- x + mlp(ln_2(x))
-
-        Why this gives local features that can be compared with texts (an intuition: it leaves aside
-        the residual, and that layer norm and MLP are not linear): CLIP was trained on the class
-        token alone. In the last block the class token adds up all patches' values, weighted by the
-        attention a, and that sum is what had to match the caption. So the value of a patch is a
-        summand of a vector that lives where the texts live, and it tells what this patch holds.
-        What a patch itself would gather here with its query, from all over the image, was never
-        used in training, and it would blur what the patch shows.
-
-        Each position is treated alone, and alike: on the grid, the value layer and the output
-        layer are the two 1x1 convolutions of Sec. 3.1. That section does not mention the residual
-        and the MLP. The released code keeps both, as MaskCLIP does, and so do we.
-        """
-        value = self.attn.project(self.ln_1(x), VALUE)              # (B, heads, T, E / heads)
-        x = x + self.attn.join_heads(value)                         # (B, T, E)
-        return x + self.mlp(self.ln_2(x))
-
 
 def maskclip(block, tokens, size):
-    """How ReCLIP reads the last block of the image tower: (B, 1 + n, E) -> (B, n, E).
+    """The last block of the image tower without query and key (Sec. 3.1, from MaskCLIP).
 
-    tokens: as they enter the block; the class token comes first, and is dropped.
-    size: (h, w), the grid of the patches. Each patch is read alone here, so it is not needed;
-        functions that take the place of this one may need it.
+        x <- x + out_proj(value(ln_1(x)))        in place of   x + out_proj(sum_j a_ij value_j)
+        x <- x + mlp(ln_2(x))
+
+    Why this gives local features that can be compared with texts (an intuition: it leaves aside
+    the residual, and that layer norm and MLP are not linear): CLIP was trained on the class token
+    alone. In the last block the class token adds up all patches' values, weighted by the attention
+    a, and that sum is what had to match the caption. So the value of a patch is a summand of a
+    vector that lives where the texts live, and it tells what this patch holds. What a patch itself
+    would gather here with its query, from all over the image, was never used in training, and it
+    would blur what the patch shows.
+
+    Each position is treated alone, and alike: on the grid, the value layer and the output layer are
+    the two 1x1 convolutions of Sec. 3.1. That section does not mention the residual and the MLP.
+    The released code keeps both, as MaskCLIP does, and so do we.
+
+    tokens: as they enter the block, (B, 1 + n, E); the class token comes first, and is dropped.
+    size: (h, w), the grid of the patches. Not needed here; functions that take the place of this
+        one may need it.
+    -> (B, n, E)
     """
-    return block.value_path(tokens[:, 1:])
+    x = tokens[:, 1:]                                                       # (B, n, E)
+    value = block.attn.project(block.ln_1(x), VALUE)                        # (B, heads, n, E/heads)
+    x = x + block.attn.join_heads(value)                                    # (B, n, E)
+    return x + block.mlp(block.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -410,9 +407,9 @@ class VisionTransformer(nn.Module):
     Its last block is not run here: encode_image and encode_image_dense read it in different ways.
     """
 
-    def __init__(self, patch, width, layers, grid, output_dim, activation=QuickGELU):
+    def __init__(self, patch, width, layers, grid, output_dim, activation):
         super().__init__()
-        # With another number of heads the features would be wrong without a word.
+        # A wrong number of heads would load, and give wrong features.
         heads, hidden = LARGE_TOWERS.get(width, (None, None))
         if width > 1024 and heads is None:
             raise ValueError(f"how many heads an image tower of width {width} has is not known: "
@@ -463,7 +460,7 @@ class VisionTransformer(nn.Module):
 
         # The class token belongs to no patch. It gathers from all of them what describes the image.
         first = self.class_embedding + self.positional_embedding[0]         # (E_v,)
-        first = first.expand(len(x), 1, -1).to(x.dtype)  # (B, 1, E_v); autocast may make x half
+        first = first.expand(len(x), 1, -1)                                 # (B, 1, E_v)
         tokens = torch.cat([first, x], dim=1)                               # (B, 1 + n, E_v)
         return self.ln_pre(tokens), (h, w)
 
@@ -488,7 +485,7 @@ class CLIP(nn.Module):
     vocab_size: number of tokens; the last two are SOT and EOT.
     quick_gelu: true for OpenAI's weights; false for weights trained with the exact GELU.
 
-    The weights are not initialized: load_clip fills them. (extras/pretrain.py trains some.)
+    The weights mean nothing until load_clip fills them. (extras/pretrain.py trains some.)
     """
 
     def __init__(self, embed_dim, patch, vision_width, vision_layers, grid, context_length,
@@ -541,8 +538,8 @@ class CLIP(nn.Module):
         """One vector per patch, in the space of the texts: Z of Sec. 3.1 before it is normalized.
 
         The class token is dropped, and the last block is read so that each patch keeps what it
-        shows (ResidualAttentionBlock.value_path says why). What follows is the same as for whole
-        images: the final layer norm and the projection to the joint space, now on each patch.
+        shows (maskclip says why). What follows is the same as for whole images: the final layer
+        norm and the projection to the joint space, now on each patch.
 
         images: (B, 3, H, W), normalized (normalize_pixels); any size.
         visual: a patch_tower of this CLIP's image tower; None: the tower itself.
@@ -633,29 +630,18 @@ class CLIP(nn.Module):
         classes and 73 vectors it takes four times as long as texts side by side.)
         """
         L, E_t = prompt.shape[-2:]
-        prompt_owners = [-1]
-        if prompt.ndim == 3:
-            prompt_owners = range(len(endings))
-
-        # The two rows of the example above, and where the last tokens stand in the sequence.
-        positions = [0]
-        owners = [-1]
-        for c in prompt_owners:
-            positions += range(1, 1 + L)
-            owners += [c] * L
-        token_ids = []  # of all endings
-        last_places = []
-        for c, ending in enumerate(endings):
-            token_ids += ending
-            positions += range(1 + L, 1 + L + len(ending))
-            owners += [c] * len(ending)
-            last_places.append(len(positions) - 1)
-
         device = prompt.device
-        position = torch.tensor(positions, device=device)                       # (T,)
-        owner = torch.tensor(owners, device=device)                             # (T,)
-        token_ids = torch.tensor(token_ids, device=device)                      # (all endings,)
-        ends = torch.tensor(last_places, device=device)                         # (C,)
+        prompt_owners = [-1] if prompt.ndim == 2 else range(len(endings))
+
+        # The two rows of the example above, a pair for each token.
+        layout = [(0, -1)]
+        for c in prompt_owners:
+            layout += [(1 + i, c) for i in range(L)]
+        ends = []  # where in the sequence the last token of each text stands
+        for c, ending in enumerate(endings):
+            layout += [(1 + L + i, c) for i in range(len(ending))]
+            ends.append(len(layout) - 1)
+        position, owner = torch.tensor(layout, device=device).T                 # (T,) each
 
         # mask[i, j]: may token i (row) read token j (column)?
         not_after = position <= position[:, None]                               # (T, T)
@@ -665,7 +651,8 @@ class CLIP(nn.Module):
 
         start = self.token_embedding.weight[self.sot][None]                     # (1, E_t)
         prompts = prompt.reshape(-1, E_t)                                       # (L or C L, E_t)
-        names = self.token_embedding(token_ids)                                 # (endings, E_t)
+        token_ids = torch.tensor(sum(endings, []), device=device)
+        names = self.token_embedding(token_ids)                                 # (all endings, E_t)
         x = torch.cat([start, prompts, names]) + self.positional_embedding[position]
         x = x[None]                                                             # (1, T, E_t)
 
@@ -696,13 +683,12 @@ class CLIP(nn.Module):
 
 
 def patch_tower(visual, exact_gelu=False, class_token=None, eps=None):
-    """The same image tower once more, to be run in another way; its weights are not copied.
+    """A second VisionTransformer on the parameters of `visual`, to be run in another way.
 
-    To read patches, the authors of ReCLIP ran the tower with another activation than CLIP was
-    trained with (their code of 2024), with a layer norm eps of 1e-6, and with a class token of
-    their own, which their published files contain. Whole images are still encoded as usual. So the
-    tower exists twice on the same parameters, and each of the two is an ordinary VisionTransformer:
-    nothing in the forward pass has to ask which of them is meant.
+    To read patches, the authors of ReCLIP ran CLIP's image tower with another activation than it
+    was trained with (their code of 2024), with a layer norm eps of 1e-6, and with a class token of
+    their own, which their published files contain. Whole images are still encoded as usual. With
+    two towers nothing in the forward pass has to ask which of them is meant.
 
     visual: a CLIP's .visual; it stays as it is.
     exact_gelu: x * Phi(x) in the MLPs, in place of what `visual` has.
@@ -882,7 +868,7 @@ def written_atomically(path):
             os.fsync(file.fileno())  # the data must be on the disk before the new name is
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        # An OSError without a number was not raised by the system: it is a sentence already.
+        # Without an errno it is our own (download raises such): it has its sentence already.
         if isinstance(error, OSError) and error.errno is None:
             raise
         reason = str(error).splitlines()[0]
@@ -1070,14 +1056,6 @@ def read_state(path):
     return with_openai_names(tensors), merges
 
 
-def count_layers(state, prefix):
-    """How many blocks a tower has: each has one ln_1."""
-    count = 0
-    while f"{prefix}.{count}.ln_1.weight" in state:
-        count += 1
-    return count
-
-
 def build_clip(state, quick_gelu=True):
     """A CLIP of the sizes that the shapes in a state dict tell, without weights.
 
@@ -1087,18 +1065,19 @@ def build_clip(state, quick_gelu=True):
     text_width, embed_dim = state["text_projection"].shape
     vision_width, _, patch, _ = state["visual.conv1.weight"].shape
     patches = state["visual.positional_embedding"].shape[0] - 1  # without the class token
+    layers = [key.split("resblocks")[0] for key in state if key.endswith(".ln_1.weight")]
 
     with torch.device("meta"):
         return CLIP(
             embed_dim=embed_dim,
             patch=patch,
             vision_width=vision_width,
-            vision_layers=count_layers(state, "visual.transformer.resblocks"),
+            vision_layers=layers.count("visual.transformer."),
             grid=math.isqrt(patches),
             context_length=state["positional_embedding"].shape[0],
             vocab_size=state["token_embedding.weight"].shape[0],
             text_width=text_width,
-            text_layers=count_layers(state, "transformer.resblocks"),
+            text_layers=layers.count("transformer."),
             quick_gelu=quick_gelu,
         )
 

@@ -25,18 +25,17 @@ Sources of numbers: "Sec. 4.1" = the paper, "released" = its authors' code, "our
 Copied elsewhere (it needs torch, torchvision, numpy and Pillow), it is used like this:
 
     split = open_split("voc", "data", "train")
-    augment = Augment(long_side=2048, short_side=512, crop=512, antialias=split.antialias)
+    augment = Augment(long_side=2048, short_side=512, crop=512, antialias=False)
     stream = TrainingStream(split, augment, seed=0)
     for images, valid, names in DataLoader(stream, batch_size=4, sampler=range(4000)):
         ...                               # 1000 times; images: float (4, 3, 512, 512) in [0, 1]
 
-    for image, truth, name in Evaluation(open_split("voc", "data", "val"), 2048, 512):
+    for image, truth, name in Evaluation(open_split("voc", "data", "val"), 2048, 512, False):
         ...                               # image float (3, H', W'), truth uint8 (H, W)
 
 Only shapes needs more: extras/shapes.py draws it, extras/shapes_clip.pt is its tiny CLIP.
 """
 
-import codecs
 import sys
 import time
 from collections import Counter
@@ -162,9 +161,15 @@ class DataSet:
     annotation_suffix: str = ".png"  # name + this = label file
     label_values: tuple = ()  # the value that each class has in the label files, in class order;
                               # any ids: 0, 1, 2, ...; 1, 2, 3, ...; Cityscapes' 7, 8, 11, ...
-    ignored_values: tuple = (0, 255)  # not evaluated, unless a class has them; any other: error
+    ignored_values: tuple = (0, 255)  # pixels that are not evaluated (unless a class has the
+                                      # value); a value of neither list is an error
     split_folders: dict = field(default_factory=dict)  # what {} becomes, by split
-    official: dict = field(default_factory=dict)       # number of images of each split, in words
+    official: dict = field(default_factory=dict)       # split -> number of images, in words
+
+    def __post_init__(self):
+        if len(self.classes) > 255:
+            raise ValueError(f"{len(self.classes)} classes are named: 255 at most (masks are "
+                             "bytes, and 255 is no class)")
 
     def hyper_parameters(self, recipe=None):
         """{name: value} under a recipe; None: the default one. ValueError: there is none such."""
@@ -238,8 +243,8 @@ DATA = {
         annotations="SegmentationClassContext",
         lists="ImageSets/SegmentationContext",
         label_values=tuple(range(1, 60)),
-        ignored_values=(0,),  # none of the 59. Not 255: only copies that start at 0 hold it, and
-                              # they must raise an error
+        ignored_values=(0,),  # none of the 59. 255 must stay an error: it occurs only in copies
+                              # whose labels start at 0, which would be read shifted by one
         official={"train": "4996, in the paper 4998", "val": "5104, in the paper 5105"},
     ),
     "ade20k": DataSet(
@@ -312,23 +317,19 @@ def own_images(name, class_names):
     different things. Denoising is tuned to VOC, so it is off (ours). A folder gives few steps, of
     few images, and two more numbers are ours. M_p starts small, at a quarter of CLIP's temperature
     (positional_gain None): by itself it is far larger than what CLIP's cosines differ by. And the
-    learning rate is a tenth, so that no single image pulls the bias far. Tried on 20 images of
-    shapes as such a folder, for which plain CLIP has 44.2 mIoU:
+    learning rate is a tenth, so that no single image pulls the bias far. Smaller images are
+    antialiased (ours). Tried on 20 images of shapes as such a folder, for which plain CLIP has 44.2
+    mIoU:
 
-        gain of M_p           lr       mIoU, seeds
+        positional_gain       lr       mIoU, seeds
         1                     0.01     35.7, 38.8
         CLIP's temperature    0.01     40.8 .. 47.8 (six)
         a quarter of it       0.01     42.7 .. 48.5 (nine)
         no M_p                0.01     41.8 .. 45.6 (six)
         a quarter of it       0.001    43.6 .. 47.5 (nine)
 
-    name: a name for them. class_names: the classes to look for, at most 255 (truth and masks are
-    bytes, and 255 = IGNORE).
+    name: a name for them. class_names: the classes to look for.
     """
-    if len(class_names) > 255:
-        raise ValueError(
-            f"{len(class_names)} classes are named: 255 at most (masks are bytes, 255 = ignored)"
-        )
     voc = DATA["voc"]
     return DataSet(
         name=name,
@@ -382,19 +383,14 @@ def read_classes(text):
 def read_lines(path):
     """The lines of a text file without the empty ones and the remarks, which begin with #.
 
-    UTF-8, with a byte-order mark or without, or UTF-16 with one, as some Windows programs save it;
-    the line ends of any system. ValueError: another encoding, whose names would come out wrong.
+    UTF-8, with a byte-order mark or without, and the line ends of any system. ValueError: another
+    encoding, whose names would come out wrong.
     """
-    content = Path(path).read_bytes()
-
-    encoding = "utf-8-sig"
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
     try:
-        text = content.decode(encoding)
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        text = None
-    if text is None or "\0" in text:  # zeros: UTF-16 without its byte-order mark
+        text = "\0"
+    if "\0" in text:  # UTF-16 is full of zeros
         raise ValueError(f"{path} is not text in UTF-8: save it in that encoding")
 
     lines = []
@@ -424,7 +420,7 @@ def read_prompts(path):
 # --- Splits on disk -------------------------------------------------------------------------------
 
 def open_split(data, root, split):
-    """Opens a split: an object with .names, .image(i), .truth(i), .antialias and a length.
+    """Opens a split: an object with .names, .image(i), .truth(i) and a length.
 
     data: a key of DATA, or the path of a folder with your own images.
     root: the folder that holds VOCdevkit or ADEChallengeData2016; shapes and folders need none.
@@ -455,12 +451,6 @@ def open_split(data, root, split):
     names = []
     if entry.lists:
         names = read_lines(source)
-        for name in names:
-            if len(name.split()) > 1 or "/" in name or "." in name:
-                raise ValueError(
-                    f"{source} has the line '{name}': a line should be a name alone, without "
-                    "folder, suffix and label file, like 2007_000032"
-                )
     else:
         # At every depth: Cityscapes has a folder for each city. Sorted: a file system lists a
         # folder in any order it likes, and not twice in the same one.
@@ -471,20 +461,19 @@ def open_split(data, root, split):
     if not names:
         raise ValueError(f"{source} is empty")
 
-    files = Files(
-        [images / f"{name}{entry.image_suffix}" for name in names],
-        [annotations / f"{name}{entry.annotation_suffix}" for name in names],
-        entry.label_values,
-        entry.ignored_values,
-        entry.antialias,
-    )
-    files.names = names  # with the folder: two folders may hold files of one name
-    return files
+    image_paths = [images / f"{name}{entry.image_suffix}" for name in names]
+    annotation_paths = [annotations / f"{name}{entry.annotation_suffix}" for name in names]
+    if not image_paths[0].is_file():
+        raise FileNotFoundError(
+            f"{image_paths[0]} is missing: the images are not there, or '{names[0]}' in {source} "
+            "is not a name alone, without folder, suffix and label file, like 2007_000032"
+        )
+    return Files(names, image_paths, annotation_paths, entry.label_values, entry.ignored_values)
 
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of your own images, in upper or lower case
-
-# What a file may hold, whatever its name says. For some other formats Pillow starts programs.
+# Your own images, in upper or lower case; and what a file may hold, whatever its name says (for
+# some other formats Pillow starts programs).
+SUFFIXES = (".bmp", ".gif", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
@@ -505,7 +494,8 @@ def read_image(path, draft=False):
             gray = image.mode.startswith("I")
             if deep and not gray and np.asarray(image.convert("RGB")).max() < 64:
                 # Pillow has kept the upper 8 of the 16 bits: of 12 bits only 4 are left.
-                raise ValueError("it fills 14 of its 16 bits a color at most: save it with 8")
+                raise ValueError("its brightest value is below a quarter of its 16 bits: save it "
+                                 "with 8 bits a color")
             return to_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
@@ -543,34 +533,23 @@ def scale_gray(image, tops):
 
 
 class Files:
-    """A split as files on disk. Its .names are the images' file names without suffix.
+    """A split as files on disk.
 
+    names: of the images, all different; what is kept of an image is kept by its name.
     image_paths: the images.
     annotation_paths: their label files. For training they need not exist.
     label_values: the value of each class in the label files, 0 to 65535, in class order.
     ignored_values: values of pixels that are not evaluated, except where a class has the value (so
         a data set whose labels start at 0 need not change the default).
-    antialias: how its images are made smaller (see resize_within).
     """
 
     def __init__(
-        self,
-        image_paths,
-        annotation_paths,
-        label_values,
-        ignored_values=(0, 255),
-        antialias=True,
+        self, names, image_paths, annotation_paths, label_values, ignored_values=(0, 255)
     ):
+        self.names = names
         self.image_paths = image_paths
         self.annotation_paths = annotation_paths
         self.label_values = tuple(label_values)
-        self.antialias = antialias
-        self.names = [path.stem for path in image_paths]
-        if len(self.label_values) > 255:
-            raise ValueError(
-                f"there are {len(self.label_values)} label values, one a class: 255 at most "
-                "(truth is bytes, 255 = ignored)"
-            )
 
         # Value in a label file -> class index, IGNORE, or -1: the value must not occur. For VOC:
         #     value      0    1   2  ...  20   21  ...  254   255
@@ -646,13 +625,15 @@ class Folder(Files):
         readable = {}  # path -> name
         reports = []
         self.skipped = []
-        for path, name in names.items():
+        progress = Progress("look at images", len(names))
+        for done, (path, name) in enumerate(names.items(), start=1):
             try:
                 read_image(path, draft=True)
                 readable[path] = name
             except ValueError as error:
                 reports.append(f"skipped {name}: {error.__cause__}")
                 self.skipped.append(name)
+            progress(done)
 
         if len(reports) > 10:
             reports[10:] = [f"and {len(reports) - 10} more"]
@@ -663,19 +644,20 @@ class Folder(Files):
                 f"{', '.join(map(str, paths))} holds no readable image ({', '.join(SUFFIXES)})"
             )
 
-        super().__init__(list(readable), annotation_paths=None, label_values=())
-        self.names = list(readable.values())
+        super().__init__(
+            list(readable.values()), list(readable), annotation_paths=None, label_values=()
+        )
 
     def truth(self, i):
         raise ValueError(f"{self.names[i]} has no labels")
 
 
 def find_images(folder):
-    """The paths of a folder's images, at every depth and sorted; stderr says what is left out.
+    """The paths of a folder's images, at every depth and sorted.
 
-    That is files of other kinds, and what eval.py drew: training on masks would spoil a model
-    without a word. Folders of masks are known by their NAME.index.png, the images of examples,
-    eval_STAGE.png, by the JSON beside them.
+    Left out, and counted on stderr: files of other kinds, and what eval.py drew, since training on
+    masks would spoil a model without a word. A folder of masks is known by its NAME.index.png, an
+    image of examples, eval_STAGE.png, by the JSON beside it.
     """
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
 
@@ -713,7 +695,7 @@ def size_within(height, width, long_side, short_side):
     return [max(1, int(side * factor + 0.5)) for side in (height, width)]
 
 
-def resize_within(image, long_side, short_side, antialias=True):
+def resize_within(image, long_side, short_side, antialias):
     """Resizes an image (3, H, W) -> (3, H', W') to size_within; short_side 0: it stays.
 
     antialias: where an image is made smaller, True averages all old pixels under a new one; False
@@ -799,7 +781,8 @@ class Augment:
         ratio=(0.5, 2.0),
         flip=True,
         photometric=True,
-        antialias=True,
+        *,
+        antialias,
     ):
         self.long_side = long_side
         self.short_side = short_side
@@ -860,7 +843,7 @@ class TrainingStream(Dataset):
         self._order = None  # (N,) indices of the images
 
     def __len__(self):
-        return len(self.split)  # of one epoch; s may go on as far as it likes
+        return len(self.split)  # of one epoch; what the DataLoader asks for, its sampler says
 
     def __getitem__(self, s):
         epoch, place = divmod(s, len(self.split))
@@ -895,16 +878,8 @@ class Thumbnails(Dataset):
         return len(self.split)
 
     def __getitem__(self, i):
-        image = self.split.image(i)
-
-        # A strip of 1 x 30000 pixels would become gigantic when its short side is resized. Of its
-        # long side only the center survives the crop anyway, so it is cut to 4 : 1 first.
-        H, W = image.shape[1:]
-        longest = 4 * min(H, W)
-        image = v2.functional.center_crop(image, [min(H, longest), min(W, longest)])
-
-        # Bicubic, as CLIP's own preprocessing.
         bicubic = InterpolationMode.BICUBIC
+        image = self.split.image(i)
         image = v2.functional.resize(image, [self.resolution], bicubic, antialias=True)
         image = v2.functional.center_crop(image, [self.resolution, self.resolution])
         return to_float(image), self.split.names[i]
@@ -917,10 +892,11 @@ class Evaluation(Dataset):
     truth: uint8 (H, W), at the size of the file, because a number is reported at that size.
     """
 
-    def __init__(self, split, long_side, short_side):
+    def __init__(self, split, long_side, short_side, antialias):
         self.split = split
         self.long_side = long_side
         self.short_side = short_side
+        self.antialias = antialias
 
     def __len__(self):
         return len(self.split)
@@ -935,7 +911,7 @@ class Evaluation(Dataset):
                 f"{tuple(image.shape[1:])} pixels"
             )
 
-        image = resize_within(image, self.long_side, self.short_side, self.split.antialias)
+        image = resize_within(image, self.long_side, self.short_side, self.antialias)
         return to_float(image), truth, name
 
 

@@ -46,11 +46,11 @@ The losses stand in reclip.py: feature_guided_loss, text_guided_loss, mask_guide
 What stands here
     dilated_resnet, tiny_resnet    the backbones
     ASPP                           four dilated convolutions, summed: the end of DeepLab V2
-    STUDENTS                       what there is to choose: resnet101, resnet50, resnet50_v1c, tiny
+    STUDENTS                       what there is to choose: resnet101, resnet50, tiny; at the end of
+                                   the file also resnet50_v1c, that of the authors
     DeepLabV2                      all of it as one module, with save and load; it needs no CLIP
       .features                    images -> Z^
       .rectify                     Z^ -> M^D, by heads inherited from rectification
-    resnet50_v1c                   the backbone of the authors' published students
 
 Symbols
     B images, C classes, D width of CLIP's joint space; H x W pixels, h x w cells of the grid
@@ -69,7 +69,8 @@ be as strong as the query. (train.py --reference-norm class makes such ones.)
 
 Copied elsewhere (with torch and torchvision installed), it is used like this:
     student = DeepLabV2.load("distill.pt")                               # trained, in eval mode
-    logits = student(images).rectified                                   # images in [0, 1]
+    with torch.no_grad():
+        logits = student(images).rectified                               # images in [0, 1]
     masks = student.to_pixels(logits, *images.shape[2:]).argmax(1)       # (B, H, W)
 To train one (train.train_distillation has the loop), reclip.py gives the texts of its head:
     W_q, W_r = ReCLIP.load("rectify.pt").heads()                         # (C, D) each
@@ -179,29 +180,34 @@ def read_file(path):
         raise ValueError(f"{path} is damaged, or no file of tensors") from error
 
 
-def load_backbone(backbone, student, source):
+def load_backbone(backbone, name, source):
     """Fills the backbone with trained weights, in place.
 
-    student: its name in STUDENTS, which for "imagenet" must be torchvision's name of the network.
+    name: its row of STUDENTS, which for "imagenet" must be torchvision's name of the network too.
     source: "imagenet", which torchvision downloads once and checks the hash of; or the path of a
         state dict in torchvision's names. What the backbone has not, such as the classifier, is
         left out; nothing of the backbone may be missing.
     """
     if source == "imagenet":
-        if student not in torchvision.models.list_models():
-            raise ValueError(f"torchvision has no ImageNet weights for {student}: give "
+        if name not in torchvision.models.list_models():
+            raise ValueError(f"torchvision has no ImageNet weights for {name}: give "
                              "backbone_weights a file, or none")
-        weights = torchvision.models.get_model_weights(student).IMAGENET1K_V1
+        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
         try:
             state = weights.get_state_dict(progress=True, check_hash=True)
         except OSError as error:
-            raise OSError(f"ImageNet's weights of {student} could not be fetched ({error}): give "
+            raise OSError(f"ImageNet's weights of {name} could not be fetched ({error}): give "
                           "backbone_weights a file, or none") from error
     else:
         state = read_file(source)
 
-    wanted = backbone.state_dict().keys()
-    backbone.load_state_dict({key: state[key] for key in wanted & state.keys()})
+    try:
+        wanted = backbone.state_dict().keys()
+        backbone.load_state_dict({key: state[key] for key in wanted & state.keys()})
+    except (AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source} does not hold the weights of {name}, under torchvision's names "
+                         f"({reason})") from error
 
 
 # --- ASPP -----------------------------------------------------------------------------------------
@@ -279,8 +285,8 @@ class DeepLabV2(nn.Module):
     freeze_batch_norm: True keeps the backbone's batch norms as they came: statistics, scale and
         shift. False trains them, which a start from random weights needs.
         None (ours): True with backbone_weights, else False.
-    protocol: how images are shown to it, {"long_side", "short_side", "antialias", "denoise"}, kept
-        in the checkpoint for eval.py. The student itself does not depend on it.
+    protocol: how images are shown to it, a dict of long_side, short_side, antialias and denoise,
+        kept in the checkpoint for eval.py. The student itself does not depend on it.
     """
 
     stage = "distill"
@@ -469,9 +475,9 @@ class DeepLabV2(nn.Module):
                 file.flush()
                 os.fsync(file.fileno())  # the data must be on the disk before the new name is
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:    # torch.save makes either of a full disk
-            raise OSError(f"{path} could not be written; is the disk full? What was there before "
-                          "is untouched") from error
+        except (OSError, RuntimeError) as error:  # torch.save makes either of a full disk
+            raise OSError(f"{path} could not be written ({error}); what was there before is "
+                          "untouched") from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -11,7 +11,8 @@ What stands here
     predict_split, evaluate_split  a model on a whole split: table, JSON, image of examples
     color_mask, draw_...           masks as images
     segment_images                 masks of your own images
-    plain_clip, open_model         models, as the command line names them
+    plain_clip, without_biases     MaskCLIP: a new one, and that of a rectified CLIP
+    open_model                     the model of a checkpoint
     main                           the command line
 
 Symbols
@@ -37,7 +38,6 @@ import math
 import re
 import sys
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -145,33 +145,22 @@ def protocol_of(model):
     return protocol
 
 
-def rectify_protocol(dataset, recipe=None, **given):
-    """The .protocol of a rectified CLIP: the sides that it is trained at.
+def make_protocol(stage, dataset, recipe=None, **given):
+    """The .protocol of a model of the stage "rectify" or "distill": the sides it is trained at.
 
     An image is resized to the largest size within the two sides, pixels (short side 0: not at all);
     antialias: when it is made smaller (datasets.resize_within); denoise: the threshold of
-    reclip.strong_classes, 0: off.
+    reclip.strong_classes, 0: off, as released for students.
 
     dataset: a datasets.DataSet. recipe: None for its default one. given: hyper-parameters that
     differ from the recipe's, by name.
     """
     numbers = dataset.hyper_parameters(recipe) | given
     return {
-        "long_side": numbers["rectify_long_side"],
-        "short_side": numbers["rectify_short_side"],
+        "long_side": numbers[f"{stage}_long_side"],
+        "short_side": numbers[f"{stage}_short_side"],
         "antialias": dataset.antialias,
-        "denoise": numbers["denoise"],
-    }
-
-
-def distill_protocol(dataset, recipe=None, **given):
-    """The same of a student: other sides and, as released, no denoising."""
-    numbers = dataset.hyper_parameters(recipe) | given
-    return {
-        "long_side": numbers["distill_long_side"],
-        "short_side": numbers["distill_short_side"],
-        "antialias": dataset.antialias,
-        "denoise": 0.0,
+        "denoise": numbers["denoise"] if stage == "rectify" else 0.0,
     }
 
 
@@ -228,9 +217,11 @@ def segment_image(model, image, probabilities=False, background_threshold=0.0):
 
 
 def as_seen(model, split):
-    """A datasets.Evaluation over a split: images at the sides at which the model sees them."""
+    """A datasets.Evaluation over a split: images as the model's .protocol says."""
     protocol = protocol_of(model)
-    return Evaluation(split, protocol["long_side"], protocol["short_side"])
+    return Evaluation(
+        split, protocol["long_side"], protocol["short_side"], protocol["antialias"]
+    )
 
 
 def predict_split(model, split, title, workers=0):
@@ -322,14 +313,10 @@ def facts_of(model):
 
 
 def print_scores(result, class_names):
-    """The IoU of each class, two a line, and below them the mean."""
-    cells = []
+    """The IoU of each class, and below them the mean."""
     for name, iou in zip(class_names, result["iou"]):
         shown = "absent" if math.isnan(iou) else f"{100 * iou:6.1f}"
-        cells.append(f"  {name:<16}{shown}")
-
-    for left, right in zip_longest(cells[::2], cells[1::2], fillvalue=""):
-        print(f"{left:<28}{right}")
+        print(f"  {name:<28}{shown}")
     print(f"  mIoU {100 * result['miou']:.1f} over the {result['present']} of {len(class_names)} "
           f"classes present; pixel accuracy {100 * result['pixel_accuracy']:.1f}")
 
@@ -562,26 +549,42 @@ def save_index(mask, palette, path):
 
 # --- Models ---------------------------------------------------------------------------------------
 
-def plain_clip(clip, dataset, recipe=None, W_q=None, attention=maskclip):
+def plain_clip(clip, dataset, recipe=None, attention=maskclip):
     """MaskCLIP, in eval mode: ReCLIP without its two biases, so that M = M_q.
 
     dataset: a datasets.DataSet, for class names, prompts and protocol.
-    recipe: one of the data set's; None: its default.
-    W_q: (C, D), if it is known. attention: as ReCLIP takes it.
+    recipe: one of the data set's; None: its default. attention: as ReCLIP takes it.
     """
     model = ReCLIP(
         clip,
         dataset.classes,
-        W_q=W_q,
         prompts=dataset.prompts,
-        protocol=rectify_protocol(dataset, recipe),
+        attention=attention,
+        protocol=make_protocol("rectify", dataset, recipe),
+        recipe=recipe or next(iter(dataset.recipes)),
         prompt_length=0,
         positional_channels=0,
-        recipe=recipe or next(iter(dataset.recipes)),
-        attention=attention,
     )
     model.stage = "clip"
     return model.eval()
+
+
+def without_biases(model):
+    """The plain CLIP that a ReCLIP started from: the same in all but what was learnt."""
+    plain = ReCLIP(
+        model.clip,
+        model.class_names,
+        W_q=model.W_q,
+        prompts=model.prompts,
+        attention=model.attention,
+        reading=model.reading,
+        protocol=model.protocol,
+        recipe=model.options.recipe,
+        prompt_length=0,
+        positional_channels=0,
+    )
+    plain.stage = "clip"
+    return plain.eval()
 
 
 def open_model(path, clip=None, device="cpu", stage=None):
@@ -673,6 +676,7 @@ def parse_arguments(argv=None):
             raise ValueError(f"--{name.replace('_', '-')} is a probability, between 0 and 1")
 
     args.data = args.data or ("images" if args.images else "shapes")
+    # Results go beside the checkpoint; a checkpoint that is not named lies beside the results.
     if args.out is None and args.checkpoint:
         args.out = args.checkpoint.parent
     if args.out is None:
@@ -738,9 +742,7 @@ def main(argv=None):
                          f"{', '.join(model.class_names)}")
     beside = []  # of a rectified CLIP, plain CLIP's masks are drawn beside
     if model.stage == "rectify":
-        plain = plain_clip(model.clip, dataset, model.options.recipe, model.W_q)
-        plain.protocol = model.protocol
-        beside.append((plain, None))
+        beside.append((without_biases(model), None))
     evaluate_split(model, dataset, split, split_name, args.out, beside, args.workers)
 
 

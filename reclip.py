@@ -34,13 +34,11 @@ Symbols
     M_p  positional logits  (1, C, h, w)   the same for all images; (1, 1, h, w) with one channel
     (The paper writes n x C for one image. We keep the grid, h x w = n, and the batch.)
 
-Cosines lie too close together for a softmax. Three temperatures divide them and one factor
-multiplies them, each for a task of its own (values: VOC's):
-    tau_1     0.001  Eq. (4)  small: a patch takes its best class, noise decides only near ties
-    tau       0.01   Eq. (5)  CLIP's own temperature, 1 / exp(logit_scale)
-    mask_tau  0.01   Eq. (6)  as Eq. (5)'s, for the student's logits at each pixel; Table 6's learnt
-                              classifier finds its own scale and has 1
-    scale     100    evaluation only: softmax(100 M) where a probability is asked for
+Cosines lie too close together for a softmax. So they are divided by a temperature (values: VOC's):
+    tau_1     0.001    Eq. (4)     a patch takes its best class, and noise decides only near ties
+    tau       0.01     Eq. (5)     CLIP's own temperature, 1 / exp(logit_scale)
+    mask_tau  0.01     Eq. (6)     tau once more, for the student's logits at each pixel
+    1 / scale 0.01     evaluation  where a probability is asked for: softmax(scale * M), scale 100
 
 Copied elsewhere (with clip_model.py), it is used like this:
     model = ReCLIP(load_clip("ViT-B/16"), ["cat", "dog", "grass"])
@@ -260,9 +258,9 @@ def gumbel_softmax_masks(rectified_logits, tau_1=0.001):
     (straight-through). It is large only where two classes nearly tie: training moves the borders
     of masks.
 
-    The temperature divides the logits before the noise g is added, as released (logits x 1000):
-    softmax(M / tau_1 + g). The usual formula divides both, softmax((M + g) / tau_1): there cosines
-    that differ by hundredths would drown in noise of spread 1, and masks would be random.
+    softmax(M / tau_1 + g), as released: the temperature divides the logits before the noise g is
+    added. The usual formula divides both, softmax((M + g) / tau_1): there cosines that differ by
+    hundredths would drown in noise of spread 1, and masks would be random.
     """
     return F.gumbel_softmax(rectified_logits / tau_1, tau=1.0, hard=True, dim=1)
 
@@ -283,21 +281,15 @@ def image_level_labels(similarity, threshold, top_k):
     return torch.where(labels.any(1, keepdim=True), labels, best)
 
 
-def masked_features(features, masks, pool="global"):
+def masked_features(features, masks):
     """Z_g of Sec. 3.4 and its pooling: Z (B, D, h, w), masks (B, C, h, w) -> (B, C, D).
 
-    One vector per class: the sum of the patches under its mask, divided by n or by their number.
-
-    pool: "global" (the paper's "global average pooling", and released) divides by all n patches, so
-        a small mask gives a short vector, and the loss rewards finding the whole object too. "mask"
-        divides by the mask's own area.
+    One vector per class: the patches under its mask are summed, and divided by the number of all n
+    patches (the paper's "global average pooling", and released). So a small mask gives a short
+    vector, and the loss rewards finding the whole object too.
     """
     total = torch.einsum("bchw,bdhw->bcd", masks, features)             # (B, C, D)
-    if pool == "global":
-        return total / masks[0, 0].numel()
-
-    area = masks.sum((2, 3)).clamp(min=1)                               # (B, C)
-    return total / area[:, :, None]
+    return total / masks[0, 0].numel()
 
 
 def contrastive_loss(pooled, W_q, labels, tau):
@@ -320,8 +312,8 @@ def contrastive_loss(pooled, W_q, labels, tau):
     log_p = F.log_softmax(S / tau, dim=-1).diagonal(dim1=1, dim2=2)     # (B, C)
 
     # Only masks of classes that the image holds count. The mask of an absent class holds whatever
-    # was left over, and there is nothing that it should look like. (K is at least 1: should a
-    # caller's labels name nothing in an image, it adds 0 and not 0 / 0.)
+    # was left over, and there is nothing that it should look like.
+    # (clamp: an image without any label adds 0, not 0 / 0)
     K = labels.sum(1).clamp(min=1)                                      # (B,)
     return -((log_p * labels).sum(1) / K).mean()
 
@@ -340,7 +332,8 @@ class Options:
     The checkpoint keeps them, and train.py makes an option of its command line of each.
     """
     recipe: str = option(
-        "cvpr2024", "how CLIP is run for patches: RECIPES in reclip.py", ("cvpr2024", "2025"))
+        "cvpr2024", "how CLIP is run for patches: RECIPES in reclip.py; 2025 on shapes and on your "
+        "own images", ("cvpr2024", "2025"))
     prompt_length: int = option(
         73, "L of Eq. (1), in tokens (Sec. 3.2); shortened so that the longest class name fits "
         "(ours); 0: no Reference")
@@ -355,14 +348,11 @@ class Options:
     positional_last_relu: bool = option(
         True, "ReLU after the last batch norm of the positional net (released)")
     positional_gain: float = option(
-        1.0, "fixed factor on M_p, for a small start (ours); None: a quarter of CLIP's temperature")
+        1.0, "fixed factor on M_p, so that it starts small (ours); None: CLIP's temperature / 4")
     subtract: bool = option(True, "subtract the bias; else add it (Table 5)")
     tau_1: float = option(0.001, "temperature of the Gumbel-softmax, Eq. (4) (released)")
     tau: float = option(
         None, "temperature of Eq. (5); if not given, 1 / exp(CLIP's logit_scale) (released)")
-    pool: str = option(
-        "global", "pooling of masked features: over all patches (Sec. 3.4) or over the mask's",
-        ("global", "mask"))
     cut_names: bool = option(
         False, "class names cut to three tokens: published files (cut_ending in reclip.py)")
 
@@ -448,9 +438,9 @@ class ReCLIP(nn.Module):
         self.positional = None
         of_prompt = (options.prompt_per_class, options.cut_names)
         if options.query_learnable:
-            # Table 3. Both prompts start alike: at first the rows of both heads point the same way,
-            # and differ in length alone. Eq. (5) still compares with CLIP's own W_q (ours): a loss
-            # that could move its own targets would have a trivial minimum.
+            # Table 3: a second prompt, in the place of the Query's. Its rows have length 1 (those
+            # of W_r are shorter). Eq. (5) still compares with CLIP's own W_q (ours): a loss that
+            # could move its own targets would have a trivial minimum.
             self.query = ReferencePrompt(
                 clip, class_names, options.prompt_length, "class", *of_prompt
             )
@@ -724,45 +714,31 @@ def strong_classes(logits, threshold, scale=100.0):
     return kept | ~kept.any()
 
 
-def weights_of_cells(cells, output_stride, image_side, mask_side):
-    """How much each cell of a row of the grid counts at each pixel of the mask: (mask_side, cells).
-
-    A row of the grid is enlarged to output_stride pixels a cell, what lies over the image's edge
-    (padding) is cut off, and the rest is resized to the mask. All of it is linear in the cells: so
-    each cell is sent through alone, as 1 among 0s.
-    """
-    row = torch.eye(cells)[None]                                        # (1, cells, cells)
-    row = F.interpolate(row, size=cells * output_stride, mode="linear")[..., :image_side]
-    return F.interpolate(row, size=mask_side, mode="linear")[0].T       # (mask_side, cells)
-
-
 def segment(
     logits,
     output_stride,
     image_size,
-    label_size,
+    mask_size,
     denoise=0.0,
     background=0.0,
     scale=100.0,
 ):
     """The mask of one image: logits on patches (1, C, h, w) -> class of each pixel (H0, W0), uint8.
 
-    The logits are enlarged bilinearly, first to the image that the network saw, then to the mask.
-    Plainly:
+    The logits are enlarged bilinearly, first to the image that the network saw, then to the mask,
+    and each pixel gets its best class:
 
-        pixels = interpolate(logits, (h * output_stride, w * output_stride))[:H, :W]
-        mask = interpolate(pixels, (H0, W0)).argmax(over classes)
+        pixels = interpolate(logits, (h * output_stride, w * output_stride))[:, :, :H, :W]
+        mask = interpolate(pixels, (H0, W0)).argmax(1)
 
-    The code gives the same, but some rows of the mask at a time: C numbers for each pixel of a
-    large image need much memory. Bilinear resizing is linear: each row of pixels is a fixed mix of
-    rows of the grid, and so with columns. With these mixes Y and X (weights_of_cells)
-    pixels = Y . logits . X^T, and a strip of Y's rows gives a strip of the mask.
+    The code gives the same, with one class after the other: C numbers for each pixel of a large
+    image need much memory.
 
     output_stride: pixels of the seen image from one cell of the grid to the next.
     image_size: (H, W) of the image that the network saw. The cells may reach over its edge, where
         it was padded. (The released code stretches the padded grid onto the unpadded image, which
         shifts masks by up to 15 pixels.)
-    label_size: (H0, W0) of the mask that is wanted.
+    mask_size: (H0, W0) of the mask that is wanted.
     denoise: threshold of strong_classes; 0 keeps every class.
     background: pixels whose best probability softmax(scale * M) stays below it become IGNORE;
         0 for none.
@@ -774,27 +750,26 @@ def segment(
     if logits.shape[1] > IGNORE:
         raise ValueError(f"a mask of bytes has room for {IGNORE} classes, not {logits.shape[1]}")
     kept = strong_classes(logits, denoise, scale)                       # (C,) bool
-    dropped = ~kept[:, None, None]                                      # (C, 1, 1)
 
-    C, h, w = logits.shape[1:]
-    y = weights_of_cells(h, output_stride, image_size[0], label_size[0]).to(logits)     # (H0, h)
-    x = weights_of_cells(w, output_stride, image_size[1], label_size[1]).to(logits)     # (W0, w)
-
-    rows_at_once = max(1, 2 ** 24 // (C * len(x)))
-    strips = []
-    for y_strip in y.split(rows_at_once):
-        pixels = torch.einsum("yh,chw,xw->cyx", y_strip, logits[0], x)  # (C, rows, W0)
-
-        # The best class of each pixel, among those that denoising has left.
-        strip = pixels.masked_fill(dropped, -torch.inf).argmax(0)       # (rows, W0)
+    H, W = image_size
+    padded_size = [side * output_stride for side in logits.shape[2:]]
+    mask = torch.zeros(mask_size, dtype=torch.uint8, device=logits.device)
+    best = logits.new_full(mask_size, -torch.inf)                       # best logit so far
+    total = best.clone()                                                # log of the sum of exp
+    for c in range(logits.shape[1]):
+        pixels = F.interpolate(logits[:, c:c + 1], size=padded_size, mode="bilinear")
+        pixels = pixels[..., :H, :W]                                    # (1, 1, H, W)
+        pixels = F.interpolate(pixels, size=mask_size, mode="bilinear")[0, 0]    # (H0, W0)
 
         if background:
-            # Dropped classes still take their share of the probability.
-            probability = (scale * pixels).softmax(0)                   # (C, rows, W0)
-            best = probability.masked_fill(dropped, 0).amax(0)          # (rows, W0)
-            strip[best < background] = IGNORE
-        strips.append(strip.byte())
-    return torch.cat(strips)                                            # (H0, W0)
+            total = total.logaddexp(scale * pixels)  # dropped classes keep their share
+        pixels = torch.where(kept[c], pixels, -torch.inf)
+        mask[pixels > best] = c
+        best = best.maximum(pixels)
+
+    if background:
+        mask[(scale * best - total).exp() < background] = IGNORE
+    return mask                                                         # (H0, W0)
 
 
 # --- Sec. 3.5: the losses of distillation ---------------------------------------------------------
@@ -857,7 +832,7 @@ def feature_guided_loss(Z, Z_student, valid, to_pixels, student_to_pixels):
     return total / valid.sum()
 
 
-def text_guided_loss(student_logits, Z_student, W_q, labels, tau_1, tau, pool="global"):
+def text_guided_loss(student_logits, Z_student, W_q, labels, tau_1, tau):
     """L_text of Sec. 3.5: Eq. (4)-(5) once more, with the student's own features and masks.
 
     Eq. (6) and (7) hand down what the teacher knows, errors included; this one asks, as in
@@ -868,7 +843,7 @@ def text_guided_loss(student_logits, Z_student, W_q, labels, tau_1, tau, pool="g
     (Released: the teacher's masks, and no gradient to the student.)
     """
     masks = gumbel_softmax_masks(student_logits, tau_1)                 # (B, C, h, w)
-    pooled = masked_features(Z_student, masks, pool)                    # (B, C, D)
+    pooled = masked_features(Z_student, masks)                          # (B, C, D)
     return contrastive_loss(pooled, W_q, labels, tau)
 
 

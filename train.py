@@ -11,7 +11,8 @@ What stands here
     train_distillation       stage 2: the loop of Sec. 3.5
     Settings                 every hyper-parameter of the two loops, with unit and source
     hyper_parameters         where each gets its value: the default, the data set, the command line
-    training_stream, frozen_features, poly_learning_rate, average_gradients, new_reclip, new_student
+    training_stream, frozen_features, poly_learning_rate, require_finite, average_gradients
+    new_reclip, new_student  the models that the loops start from
     label_training_set       pseudo-labels of the training images (Sec. 3.4), kept by name
     Run                      bookkeeping of a loop: resume, log, save
     rectify, distill         a stage from a data set on: model, pseudo-labels, loop
@@ -64,10 +65,10 @@ from datasets import (
 from deeplab import HEADS, STUDENTS, DeepLabV2
 from eval import (
     best_device,
-    distill_protocol,
     evaluate_split,
-    plain_clip,
-    rectify_protocol,
+    make_protocol,
+    protocol_of,
+    without_biases,
 )
 from reclip import (
     IGNORE,
@@ -101,8 +102,7 @@ def train_rectification(model, split, labels, settings, run):
     optimizer = torch.optim.SGD(
         parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay
     )
-    sides = (settings.rectify_long_side, settings.rectify_short_side)
-    stream = training_stream(split, sides, settings.crop, settings, run.seed)
+    stream = training_stream(split, model, settings.crop, settings, run.seed)
     features = frozen_features(model, stream, run.device)
 
     model.train()
@@ -138,7 +138,7 @@ def train_rectification(model, split, labels, settings, run):
         # Eq. (5): what lies under the mask of a class must look like the text of that class. If it
         # does not, patches of another class have come under the mask, and the loss corrects the
         # bias that let them in.
-        pooled = masked_features(Z, masks, model.options.pool)                   # (B, C, D)
+        pooled = masked_features(Z, masks)                                       # (B, C, D)
         loss = contrastive_loss(pooled, model.W_q, present, model.tau)           # scalar
 
         optimizer.zero_grad()
@@ -171,8 +171,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
     optimizer = torch.optim.SGD(
         parameters, settings.distill_lr, settings.momentum, weight_decay=settings.weight_decay
     )
-    sides = (settings.distill_long_side, settings.distill_short_side)
-    stream = training_stream(split, sides, settings.distill_crop, settings, run.seed)
+    stream = training_stream(split, student, settings.distill_crop, settings, run.seed)
     features = frozen_features(teacher, stream, run.device)
 
     # Eq. (6) needs a temperature: Eq. (5)'s for heads of cosines, 1 for a classifier, which learns
@@ -225,8 +224,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
         # Eq. (4)-(5) again: what lies under the student's own masks should look like their texts.
         # Here the student can find out that its teacher was wrong.
         text_loss = text_guided_loss(
-            M_student, Z_student, teacher.W_q, present,
-            teacher.options.tau_1, teacher.tau, teacher.options.pool,
+            M_student, Z_student, teacher.W_q, present, teacher.options.tau_1, teacher.tau
         )
 
         # Eq. (8): all three, the last two with half the weight.
@@ -261,8 +259,8 @@ EACH = dataclasses.MISSING  # no default: each data set's entry has its own
 class Settings:
     """Every hyper-parameter of the two loops, with unit and source. (The model's: reclip.Options.)
 
-    "released": the authors' code, on all three benchmarks. What has no default here differs between
-    data sets: its numbers stand in datasets.DATA, released too, but for those of shapes.
+    "released": the authors' code, on all three benchmarks. Fields without a default differ between
+    data sets: see the entries of datasets.DATA.
     """
     # Rectification, Sec. 3.1-3.4
     rectify_epochs: int = option(EACH, "epochs of rectification")
@@ -343,15 +341,17 @@ def hyper_parameters(dataset, recipe=None, **given):
 
 # --- What the loops are made of -------------------------------------------------------------------
 
-def training_stream(split, sides, crop, settings, seed):
-    """The endless stream of augmented images (Sec. 4.1). sides: the longer, the shorter, pixels."""
+def training_stream(split, model, crop, settings, seed):
+    """The endless stream of augmented images (Sec. 4.1), at the sides of the model's .protocol."""
+    protocol = protocol_of(model)
     augment = Augment(
-        *sides,
+        protocol["long_side"],
+        protocol["short_side"],
         crop,
         ratio=(settings.resize_from, settings.resize_to),
         flip=settings.flip,
         photometric=settings.photometric,
-        antialias=split.antialias,
+        antialias=protocol["antialias"],
     )
     return TrainingStream(split, augment, seed)
 
@@ -360,14 +360,15 @@ def frozen_features(model, stream, device):
     """-> function (images, valid, names) -> Z (B, D, h, w), the features of Sec. 3.1.
 
     CLIP is frozen, so an image that is never augmented (shapes) has features that never change:
-    they are computed once, here. Items 0 .. N-1 of the stream are its first epoch, each image once.
+    they are computed once, here, and found by name.
     """
     if stream.transform.changes:
         return lambda images, valid, names: model.features(images, valid)
 
-    known = {}
+    known = {}  # name -> Z (D, h, w)
+    # items 0 .. N-1 of the stream are its first epoch: each image once
     for images, _, names in DataLoader(stream, 32, sampler=range(len(stream))):
-        known.update(zip(names, model.features(images.to(device))))              # (D, h, w) each
+        known.update(zip(names, model.features(images.to(device))))
     return lambda images, valid, names: torch.stack([known[name] for name in names])
 
 
@@ -422,7 +423,7 @@ def new_reclip(clip, dataset, options, settings, seed, kind=ReCLIP):
         clip,
         dataset.classes,
         prompts=dataset.prompts,
-        protocol=rectify_protocol(dataset, options.recipe, **dataclasses.asdict(settings)),
+        protocol=make_protocol("rectify", dataset, options.recipe, **dataclasses.asdict(settings)),
         **dataclasses.asdict(options),
     ).train()
 
@@ -460,7 +461,7 @@ def new_student(teacher, dataset, settings, seed):
         student=settings.student,
         head=head,
         backbone_weights=weights,
-        protocol=distill_protocol(dataset, **dataclasses.asdict(settings)),
+        protocol=make_protocol("distill", dataset, **dataclasses.asdict(settings)),
     ).train()
 
 
@@ -531,7 +532,7 @@ def read_image_labels(path, identity):
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    if content["identity"] != identity:
+    if content.get("identity") != identity:
         return None
     return content["labels"]
 
@@ -541,10 +542,8 @@ def print_label_histogram(found, class_names):
     print(f"images that each class was found in, of {len(found)}:")
     for c, name in enumerate(class_names):
         count = sum(c in classes for classes in found.values())
-        bar = "#" * math.ceil(40 * count / len(found))
-        if count == 0:
-            bar = "never: try a synonym, name | synonym"
-        print(f"  {name:<20}{count:6}  {bar}")
+        advice = "" if count else "  never: try a synonym, name | synonym"
+        print(f"  {name:<20}{count:6}{advice}")
 
 
 # --- Bookkeeping ----------------------------------------------------------------------------------
@@ -565,7 +564,7 @@ def identity_of(model, split, labels, settings, run):
         "labels": crc32(repr(classes_found).encode()),
         "seed": run.seed,
         "processes": run.processes,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if run.device_type == "cpu" else None,
     }
 
 
@@ -580,11 +579,11 @@ class Run:
             run.log(step, loss=loss.item(), lr=lr)
             run.save(step)                                  # once an epoch, and at the end
 
-    Two files, <out>/<stage>.pt and <stage>_log.csv. The checkpoint holds all that --resume needs,
-    under "training"; it is written beside the old one and renamed, so that whatever stops the
-    program costs an epoch at most. Everything random in a step follows from (seed, step, process).
-    So no generator has a state that would have to be kept, and on a CPU a resumed training equals
-    an uninterrupted one to the bit.
+    Two files, <out>/<stage>.pt and <stage>_log.csv. The checkpoint holds all that --resume needs
+    too; it is written beside the old one and renamed, so that whatever stops the program costs an
+    epoch at most. Everything random in a step follows from (seed, step, process). So no generator
+    has a state that would have to be kept, and on a CPU a resumed training equals an uninterrupted
+    one to the bit.
     """
 
     def __init__(
@@ -619,10 +618,9 @@ class Run:
         self.first = 0
         if self.checkpoint.is_file() and not self.overwrite:
             self.first = self.earlier_step()
-        elif self.resume and self.rank == 0 and not self.checkpoint.is_file():
+        elif self.resume and self.rank == 0:
             print(f"there is no {self.checkpoint} to go on with: the training begins")
-        self.rows = []       # of the log, since the last save
-        self.columns = None  # of the log
+        self.rows = []  # of the log, since the last save
         if self.rank == 0:
             self.cut_log()
         self.progress = Progress(self.stage, self.steps, self.first, self.images_per_step)
@@ -661,8 +659,6 @@ class Run:
         if self.first and self.log_path.is_file():
             with self.log_path.open(newline="", encoding="utf-8") as file:
                 kept = list(csv.reader(file))[:self.first + 1]
-        if kept:
-            self.columns = kept[0]
         with written_atomically(self.log_path) as temporary:
             with temporary.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(kept)
@@ -711,13 +707,8 @@ class Run:
         """A row of the CSV (written with the next save) and the progress line."""
         if self.rank > 0:
             return
-        columns = ["step", *numbers]
-        if self.columns is None:
-            self.columns = columns
-            self.rows.append(columns)
-        if self.columns != columns:
-            raise ValueError(f"{self.log_path} has other columns than {', '.join(columns)}: give "
-                             "another --out, or begin anew with --overwrite")
+        if step == 0:
+            self.rows.append(["step", *numbers])
         self.rows.append([step, *(f"{number:.6g}" for number in numbers.values())])
         shown = "".join(f"{name} {number:.4g}  " for name, number in numbers.items())
         self.progress(step + 1, shown)
@@ -818,10 +809,10 @@ def make_parser():
     add("--teacher", type=Path,
         help="rectification that --stage distill learns from (default: <out>/rectify.pt)")
     add("--out", type=Path, help="where checkpoints go (default: runs/<data>)")
-    what_is_there = parser.add_mutually_exclusive_group()
-    what_is_there.add_argument("--resume", action="store_true",
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true",
         help="go on where the same command was stopped, if there is something to go on with")
-    what_is_there.add_argument("--overwrite", action="store_true",
+    earlier.add_argument("--overwrite", action="store_true",
         help="replace a finished checkpoint of other settings")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--epochs", type=int,
@@ -850,9 +841,9 @@ def describe(field):
     shown = []
     if field.default is not EACH:
         shown.append(str(field.default))
-    for dataset in DATA.values():
+    for dataset in (*DATA.values(), own_images("your own images", ("one", "two"))):
         for recipe in dataset.recipes:
-            values = {"recipe": recipe} | dataset.hyper_parameters(recipe)
+            values = dataset.hyper_parameters(recipe)
             if values.get(field.name, field.default) != field.default:
                 shown.append(f"{dataset.name} {recipe}: {values[field.name]}")
     return f"{field.metadata['help']} [{', '.join(shown)}]"
@@ -861,11 +852,13 @@ def describe(field):
 def parse_arguments(argv=None):
     """The command line -> (args, DataSet, Options, Settings). ValueError: it does not fit."""
     args = make_parser().parse_args(argv)
-    for name, stages in (
-        ("teacher", ["distill"]), ("prompts", ["rectify", "all"]), ("split", ["all"])
-    ):
+    stages_of = {"teacher": ["distill"], "split": ["all"]}
+    for name in ("prompts", *(field.name for field in dataclasses.fields(Options))):
+        stages_of[name] = ["rectify", "all"]  # a student has its teacher's
+    for name, stages in stages_of.items():
         if getattr(args, name) is not None and args.stage not in stages:
-            raise ValueError(f"--{name} goes with --stage {' or '.join(stages)} alone")
+            raise ValueError(f"--{name.replace('_', '-')} goes with --stage "
+                             f"{' or '.join(stages)} alone")
 
     dataset = find_dataset(args.data, args.classes)
     if args.prompts:
@@ -976,10 +969,8 @@ def main(argv=None):
         student = distill(dataset, settings, split, model, labels_path, run)
 
         # Only here is truth read, to measure what has been learnt.
-        plain = plain_clip(clip, dataset, options.recipe, model.W_q)
-        plain.protocol = model.protocol
         rows = [
-            ("MaskCLIP (Query only)", plain, args.out),
+            ("MaskCLIP (Query only)", without_biases(model), args.out),
             ("+ Reference", reference_only, args.out / "reference_only"),
             ("+ Reference + positional", model, args.out),
             ("distilled", student, args.out),

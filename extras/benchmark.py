@@ -54,9 +54,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip_model import CLIP, Tokenizer, normalize_pixels, written_atomically  # noqa: E402
-from datasets import DATA, Evaluation, Files  # noqa: E402
+from datasets import DATA, Files  # noqa: E402
 from deeplab import DeepLabV2  # noqa: E402
-from eval import predict_mask, rectify_protocol  # noqa: E402
+from eval import as_seen, make_protocol, predict_mask  # noqa: E402
 from extras.pretrain import initialize, learn_merges  # noqa: E402
 from reclip import (  # noqa: E402
     ReCLIP,
@@ -145,7 +145,7 @@ def our_loss(model, Z, labels, lap):
     M_b = bias_logits(segmentation_logits(Z, W_r), M_p)                 # (B, C, h, w)
     M = rectify_logits(segmentation_logits(Z, W_q), M_b)                # (B, C, h, w)
     masks = gumbel_softmax_masks(M, model.options.tau_1)                # (B, C, h, w)
-    pooled = masked_features(Z, masks, model.options.pool)              # (B, C, D)
+    pooled = masked_features(Z, masks)                                  # (B, C, D)
     loss = contrastive_loss(pooled, model.W_q, labels, model.tau)
     lap("loss")
     return loss
@@ -442,8 +442,7 @@ def files(quick, device, repeat, count=4):
     model = build_model(voc.classes, quick, device).eval()
     given = {"rectify_short_side": 64} if quick else {}
     _, settings = hyper_parameters(voc, "2025", **given)
-    sides = (settings.rectify_long_side, settings.rectify_short_side)
-    model.protocol = rectify_protocol(voc, "2025", **given)
+    model.protocol = make_protocol("rectify", voc, "2025", **given)
 
     with tempfile.TemporaryDirectory() as folder:
         jpegs = [Path(folder, f"{i}.jpg") for i in range(count)]
@@ -452,9 +451,9 @@ def files(quick, device, repeat, count=4):
             noise = Image.effect_noise((32, 24), 60).resize((500, 375), Image.BICUBIC)
             noise.convert("RGB").save(jpeg, quality=90)
             Image.new("L", (500, 375), 1).save(png)
-        split = Files(jpegs, pngs, range(1, 21))
-        pairs = Evaluation(split, *sides)
-        stream = training_stream(split, sides, settings.crop, settings, seed=0)
+        split = Files(range(count), jpegs, pngs, range(1, 21))
+        pairs = as_seen(model, split)
+        stream = training_stream(split, model, settings.crop, settings, seed=0)
 
         def evaluate():
             for i in range(count):
@@ -509,8 +508,7 @@ def distillation(quick, device, repeat):
             taught.features, Z_student, valid, teacher.to_pixels, student.to_pixels
         )
         text_loss = text_guided_loss(
-            M_student, Z_student, teacher.W_q, labels,
-            teacher.options.tau_1, teacher.tau, teacher.options.pool,
+            M_student, Z_student, teacher.W_q, labels, teacher.options.tau_1, teacher.tau
         )
         loss = distillation_loss(mask_loss, feature_loss, text_loss)
 

@@ -83,12 +83,13 @@ from eval import (  # noqa: E402
     color_mask,
     confusion_matrix,
     in_words,
+    make_protocol,
     plain_clip,
     predict_mask,
     predict_split,
-    rectify_protocol,
     scores,
     with_legend,
+    without_biases,
 )
 from extras import plusplus  # noqa: E402
 from reclip import RECIPES, ReCLIP, read_checkpoint  # noqa: E402
@@ -624,7 +625,7 @@ def measured_row(experiment, name, seed):
     """
     row = experiment.rows[name]
     path = None
-    protocol = rectify_protocol(experiment.dataset, experiment.recipe)
+    protocol = make_protocol("rectify", experiment.dataset, experiment.recipe)
     learnt = None
     if row.stage == "linear":
         path = experiment.row_folder("distilled", seed) / "distill.pt"
@@ -861,8 +862,7 @@ def draw_figure_3(model, dataset, pairs, count=3, among=200):
 
     model: a ReCLIP in eval mode. dataset: its DataSet. pairs: an Evaluation. -> RGB image
     """
-    plain = plain_clip(model.clip, dataset, model.options.recipe, W_q=model.W_q)
-    plain.protocol = model.protocol
+    plain = without_biases(model)
     C = len(dataset.classes)
     mended_pixels = {}  # (true class, what CLIP took it for) -> how many, in the best image so far
     best = {}           # the same rivals -> that image, its truth, CLIP's mask, the rectified mask
@@ -1057,7 +1057,7 @@ def write_table(experiment, names, percent, path):
 def heading_lines(experiment):
     """The top of report.md: what was measured, how, and with which CLIP."""
     dataset = experiment.dataset
-    protocol = rectify_protocol(dataset, experiment.recipe)
+    protocol = make_protocol("rectify", dataset, experiment.recipe)
     return [
         f"# The paper's evidence on {dataset.name}",
         "",

@@ -10,7 +10,7 @@ The frame stays: CLIP is frozen, Eq. (4) makes masks, Eq. (5) is the loss, and t
 train.train_rectification as it stands. Three things change:
 
     ReCLIPPlusPlus             the bias, and what the masks are made of
-    Windows, window_labels     which classes does an image hold? Each of its windows is asked
+    Windows, find_in_windows   which classes does an image hold? Each of its windows is asked
     PLUSPLUS                   the hyper-parameters, where they differ from the recipe 2025's
 
 Beside them stand here
@@ -60,10 +60,9 @@ from torchvision.transforms import InterpolationMode, v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip_model import MODELS, load_clip  # noqa: E402  (the path comes first)
 from datasets import DATA, Folder, Progress, open_split, resize_within  # noqa: E402
-from eval import best_device, evaluate_split, rectify_protocol, segment_images  # noqa: E402
+from eval import best_device, evaluate_split, make_protocol, segment_images  # noqa: E402
 from extras.published import (  # noqa: E402
     clip_inside,
-    made_W_q,
     read,
     reading,
     require_classes,
@@ -175,7 +174,7 @@ class Windows(Dataset):
         return len(self.split)
 
     def __getitem__(self, i):
-        image = resize_within(self.split.image(i), self.long_side, self.short_side)
+        image = resize_within(self.split.image(i), self.long_side, self.short_side, antialias=True)
         side = self.side
         corners = window_corners(*image.shape[1:], side)
         windows = [image[:, y:y + side, x:x + side] for y, x in corners] or [image]
@@ -187,20 +186,12 @@ class Windows(Dataset):
         return windows, self.split.names[i]
 
 
-def window_labels(similarity):
-    """Image-level labels of one image: similarity of n windows to texts (n, C) -> (C,) bool.
-
-    Each window names the class that it resembles most, and the image holds all that are named: so a
-    small thing is found that would be lost in the whole image, and no threshold has to be chosen.
-    The price: a window of mere background names a class too.
-    """
-    found = torch.zeros(similarity.shape[1], dtype=torch.bool, device=similarity.device)
-    found[similarity.argmax(1)] = True
-    return found
-
-
 def find_in_windows(model, split, side, sides, workers=0):
     """The classes that some window of an image names: {name: list of class indices}.
+
+    Each window names the class that it resembles most: so a small thing is found that would be lost
+    in the whole image, and no threshold has to be chosen. The price: a window of mere background
+    names a class too.
 
     side: of the windows. sides: (long, short) that an image is resized within before; (0, 0): none.
     """
@@ -211,8 +202,7 @@ def find_in_windows(model, split, side, sides, workers=0):
         similarity = [
             model.image_similarity(some.to(model.W_q.device)) for some in images.split(64)
         ]
-        row = window_labels(torch.cat(similarity))                      # (C,) bool
-        found[name] = row.cpu().nonzero()[:, 0].tolist()
+        found[name] = torch.cat(similarity).argmax(1).unique().tolist() # (n, C) -> at most n
         progress(len(found))
     return found
 
@@ -220,12 +210,11 @@ def find_in_windows(model, split, side, sides, workers=0):
 def label_by_windows(model, split, settings, side, path, workers=0):
     """The classes of each training image: {name: (C,) bool}; kept in `path`, as train.py keeps its.
 
-    As released, windows are cut from a benchmark's image as it is (those are the data sets without
-    antialiasing). Images of your own may have any size, and are first resized as for training
-    (ours).
+    As released, windows are cut from a benchmark's image as it is. Images of your own may have any
+    size, and are first resized as for training (ours).
     """
     sides = (0, 0)
-    if split.antialias:
+    if isinstance(split, Folder):
         sides = (settings.rectify_long_side, settings.rectify_short_side)
     how = {"window": side, "sides": list(sides)}
     find = partial(find_in_windows, model, split, side, sides, workers)
@@ -252,7 +241,7 @@ PLUSPLUS = {
 def changes_of(dataset):
     """{name: value}: the hyper-parameters in which ReCLIP++ differs on a data set."""
     changes = PLUSPLUS.get(dataset.name, PLUSPLUS["own"])
-    return {"tau_1": 0.01, "positional_channels": 0} | changes
+    return {"tau_1": 0.01} | changes
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -296,8 +285,6 @@ def published(path, class_names, W_q=None, device="cpu"):
     require_classes(path, state["decoder_conv2.weight"], class_names)
 
     clip = clip_inside(state, device)
-    if W_q is None:
-        W_q = made_W_q(clip, class_names)
     vectors = state["text_encoder.prompt_token"][0].float()             # (L, E_t)
     model = ReCLIPPlusPlus(
         clip,
@@ -307,7 +294,7 @@ def published(path, class_names, W_q=None, device="cpu"):
         prompt_length=len(vectors),
         cut_names=True,
     )
-    learnt = {"W_q": W_q, "reference.vectors": vectors}
+    learnt = {"W_q": model.W_q, "reference.vectors": vectors}
     for key, tensor in state.items():
         layer, _, name = key.rpartition(".")
         if layer in LAYERS:
@@ -387,7 +374,7 @@ def main(argv=None):
     if args.published:
         require_new_folder(args.out)
         model = published(args.published, dataset.classes, device=args.device)
-        model.protocol = rectify_protocol(dataset, "2025", **changes_of(dataset))
+        model.protocol = make_protocol("rectify", dataset, "2025", **changes_of(dataset))
         save_with_clip(model, args.out / "reclip++.pt")
         return
 

@@ -22,16 +22,14 @@ import argparse
 import json
 import shutil
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.utils import check_integrity
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from clip_model import download, written_atomically  # noqa: E402
+from clip_model import digest_of, download, written_atomically  # noqa: E402
 from datasets import CONTEXT_CLASSES, DATA, Evaluation, Progress, open_split  # noqa: E402
 
 # Data set -> addresses, in the order in which they are tried, and the md5 of the archive, which is
@@ -96,10 +94,9 @@ def prepare(data, root, fetching=False):
             raise FileNotFoundError(f"{images} does not exist: {misplaced(data, root)}")
         addresses, md5 = ARCHIVES[data]
         archive = root / Path(addresses[0]).name
-        if fetching:
-            fetch(addresses, md5, archive)
-        if not archive.is_file():
+        if not (fetching or archive.is_file()):
             raise FileNotFoundError(f"{base} does not exist: {misplaced(data, root)}")
+        fetch(addresses, md5, archive)
         unpack(archive, entry.base, root)
 
     if data == "context" and not (base / entry.lists / "val.txt").is_file():
@@ -152,41 +149,24 @@ def fetch(addresses, md5, path):
     """
     if not path.is_file():
         download(addresses, path, "md5", md5)
-    elif not check_integrity(path, md5):
+    elif digest_of(path, "md5") != md5:
         raise ValueError(f"{path} does not have the md5 {md5}: move it away")
 
 
 def unpack(archive, base, root):
-    """Unpacks the folder `base` of an archive to root / base. ValueError: what is wrong with it."""
+    """Unpacks the folder `base` of an archive, whose md5 is right, to root / base.
+
+    Errors: ValueError that says what is wrong.
+    """
     try:
         # Into a temporary folder that is renamed at the end: an interrupted run leaves no half of a
         # data set that would be taken for the whole.
         with tempfile.TemporaryDirectory(dir=root) as work:
-            if archive.suffix == ".tar":
-                unpack_tar(archive, Path(work).resolve())
-            else:
-                shutil.unpack_archive(archive, work)  # drops what leads outside from a zip
+            shutil.unpack_archive(archive, work)
             (root / base).parent.mkdir(exist_ok=True)
             (Path(work) / base).rename(root / base)
     except Exception as error:
         raise ValueError(f"{archive} could not be unpacked: {error}") from error
-
-
-def unpack_tar(archive, folder):
-    """Unpacks the files of a tar, and nothing else: no links, no devices, nothing outside.
-
-    Python's own filter for that is missing before 3.10.12 and 3.11.4.
-    """
-    with tarfile.open(archive, "r:") as tar:  # not compressed
-        for member in tar:
-            if not member.isfile():
-                continue
-            path = (folder / member.name).resolve()
-            if not path.is_relative_to(folder):
-                raise ValueError(f"{member.name} leads outside")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
-                shutil.copyfileobj(tar.extractfile(member), file)
 
 
 # --- Context's label files ------------------------------------------------------------------------
@@ -296,14 +276,15 @@ def decode_rle(counts, height, width):
 # --- The check at the end -------------------------------------------------------------------------
 
 def verify(data, root):
-    """Reads all images and annotations of a data set and prints what was found, a line a split.
+    """Reads all images and annotations of a data set and prints what was found, a line a split
+    of the entry's `official`.
 
     The line names the classes that occur in no label file: after a mistake in label_values, or with
     another data set's labels, there are many. The first thing wrong is a ValueError or OSError.
     """
     classes = DATA[data].classes
     for split, official in DATA[data].official.items():
-        pairs = Evaluation(open_split(data, root, split), long_side=0, short_side=0)
+        pairs = Evaluation(open_split(data, root, split), 0, 0, antialias=False)
         progress = Progress(f"{data} {split}", len(pairs))
         seen = set()
         for i in range(len(pairs)):

@@ -78,7 +78,13 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from clip_model import CLIP, Tokenizer, normalize_pixels, written_atomically  # noqa: E402
+from clip_model import (  # noqa: E402
+    CLIP,
+    Tokenizer,
+    maskclip,
+    normalize_pixels,
+    written_atomically,
+)
 from datasets import SHAPES_CLASSES, SHAPES_PROMPTS, Progress  # noqa: E402
 from extras.shapes import GROUNDS, HUES, new_thing, paint  # noqa: E402
 
@@ -345,7 +351,7 @@ def image_features(clip, images, mosaic, blind):
         x = torch.cat([first.repeat_interleave(4, 0), tiles], 1)        # (4 B, 1 + n/4, E)
 
     whole = visual.ln_post(last(x, rows=[0])[:, 0]) @ visual.proj       # (B or 4 B, D)
-    dense = visual.ln_post(last.value_path(x[:, 1:])) @ visual.proj     # (B or 4 B, n or n/4, D)
+    dense = visual.ln_post(maskclip(last, x, size=None)) @ visual.proj  # (B or 4 B, n or n/4, D)
     return whole, F.normalize(dense, dim=-1).mean(1)
 
 

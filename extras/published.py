@@ -19,7 +19,7 @@ The sequel's files, ReCLIP++, are converted by extras/plusplus.py.
 What stands here
     read                       a file of theirs, as {name: tensor}
     rectification              stage 1: path -> ReCLIP
-      reading, folded          what of it needs a second look
+      reading, folded          two steps that are more than renaming
     student                    stage 2: path -> DeepLabV2
       torchvision_names        its layers under our names
     main                       the command line
@@ -64,8 +64,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip_model import build_clip, written_atomically  # noqa: E402  (the path comes first)
 from datasets import DATA  # noqa: E402
 from deeplab import DeepLabV2, read_file  # noqa: E402
-from eval import best_device, distill_protocol, rectify_protocol  # noqa: E402
-from reclip import RECIPES, ReCLIP, query_text_features  # noqa: E402
+from eval import best_device, make_protocol  # noqa: E402
+from reclip import RECIPES, ReCLIP  # noqa: E402
 
 # The data sets of the paper, whose classes are named in the authors' order (see datasets.py).
 PUBLISHED = ("voc", "context", "ade20k")
@@ -78,6 +78,8 @@ def read(path, needed, kind):
     Errors: FileNotFoundError; ValueError for another file.
     """
     content = read_file(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not {kind} of ReCLIP's authors: it holds no names")
     state = {}
     for name, tensor in content.get("state_dict", content).items():
         state[name.removeprefix("module.")] = tensor
@@ -102,18 +104,17 @@ def rectification(path, class_names, recipe="cvpr2024", W_q=None, device="cpu"):
 
     class_names: the data set's, in the authors' order (datasets.VOC_CLASSES and so on).
     recipe: the files do not say which; that it is the paper's is inferred (see reclip.RECIPES).
-    W_q: (C, D), if it is known; else it is made of 85 C texts.
+    W_q: (C, D), if it is known; else it is made of 85 C texts, in seconds on a GPU and minutes on a
+        CPU.
     Errors: ValueError for a file that is none of theirs, or of other classes.
     """
     state = read(path, "text_encoder.prompt_token", "a rectification")
     if "pe_proj.weight" in state:
         raise ValueError(f"{path} is a ReCLIP++ checkpoint, which is another method: "
-                         f"python extras/plusplus.py --published {path} converts it")
+                         f"python extras/plusplus.py --data voc --published {path} converts it")
     require_classes(path, state["proj_net.6.weight"], class_names)
 
     clip = clip_inside(state, device)
-    if W_q is None:
-        W_q = made_W_q(clip, class_names)
     vectors = state["text_encoder.prompt_token"][0].float()             # (L, E_t)
     model = ReCLIP(
         clip,
@@ -139,19 +140,6 @@ def clip_inside(state, device="cpu"):
     clip = build_clip(tensors)
     clip.load_state_dict(tensors, assign=True)
     return clip.eval().requires_grad_(False).to(device)
-
-
-def made_W_q(clip, class_names):
-    """W_q (C, D) of 85 texts a class, with a line on stderr that counts the classes.
-
-    They take seconds on a GPU and minutes on a CPU.
-    """
-    rows = []
-    for done, name in enumerate(class_names, start=1):
-        rows.append(query_text_features(clip, [name]))                  # (1, D)
-        print(f"\rtexts of {done} of {len(class_names)} classes", end="", file=sys.stderr)
-    print(file=sys.stderr)
-    return torch.cat(rows)
 
 
 def reading(state):
@@ -248,10 +236,10 @@ def main(argv=None):
     out = args.out or Path("runs") / f"{args.data}-published"
     require_new_folder(out)
     teacher = rectification(args.rectification, dataset.classes, args.recipe, device=args.device)
-    teacher.protocol = rectify_protocol(dataset, args.recipe)
+    teacher.protocol = make_protocol("rectify", dataset, args.recipe)
     if args.student:
         learner = student(args.student, dataset.classes, *teacher.heads(), args.device)
-        learner.protocol = distill_protocol(dataset, args.recipe)
+        learner.protocol = make_protocol("distill", dataset, args.recipe)
 
     save_with_clip(teacher, out / "rectify.pt")
     if args.student:

@@ -240,7 +240,6 @@ class Shapes:
         if split not in SHAPES_SPLITS:
             raise ValueError(f"shapes has no split {split}, only {', '.join(SHAPES_SPLITS)}")
         count, self.seed = SHAPES_SPLITS[split]
-        self.antialias = True
         self.names = [f"{split}_{i:04}" for i in range(count)]
 
     def __len__(self):

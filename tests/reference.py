@@ -265,15 +265,14 @@ def hard_masks(M, tau_1, noise):
     return torch.stack([(best == c).to(M) for c in range(M.shape[1])], dim=1)
 
 
-def contrastive_loss(Z, masks, W_q, labels, tau, pool="global"):
+def contrastive_loss(Z, masks, W_q, labels, tau):
     """Sec. 3.4's pooling and Eq. (5): the mean over images of the mean over the classes found."""
     of_images = []
     for b in range(len(Z)):
         found = labels[b].nonzero()[:, 0].tolist()
         total = 0
         for c in found:
-            patches = masks[b, c].numel() if pool == "global" else max(1, masks[b, c].sum())
-            pooled = (masks[b, c] * Z[b]).sum((1, 2)) / patches         # (D,)
+            pooled = (masks[b, c] * Z[b]).mean((1, 2))                  # (D,), of all patches
             similarities = torch.stack([pooled @ text for text in W_q]) # S[c, j]
             total = total - (similarities / tau).softmax(0)[c].log()
         of_images.append(total / len(found))

@@ -107,14 +107,10 @@ LINES = "café\n犬|小犬\n"
 @pytest.mark.parametrize("content", [
     LINES.encode("utf-8"),
     LINES.encode("utf-8-sig"),
-    LINES.encode("utf-16"),
-    b"\xfe\xff" + LINES.encode("utf-16-be"),
     LINES.replace("\n", "\r\n").encode("utf-8-sig"),
-    LINES.replace("\n", "\r\n").encode("utf-16"),
     LINES.replace("\n", "\r").encode("utf-8"),
     "# mine\n\n  café \n\n# a remark\n 犬 | 小犬".encode(),
-], ids=["utf-8", "with a mark", "utf-16", "utf-16-be", "windows", "windows utf-16", "old mac",
-        "remarks"])
+], ids=["utf-8", "with a mark", "windows", "old mac", "remarks"])
 def test_a_text_file_gives_whole_names(tmp_path, content):
     (tmp_path / "classes.txt").write_bytes(content)
 
@@ -124,9 +120,9 @@ def test_a_text_file_gives_whole_names(tmp_path, content):
 @pytest.mark.parametrize("content", [
     "café\nnoël\n".encode("latin-1"),
     "猫\n犬\n".encode("shift_jis"),
+    "cat\ndog\n".encode("utf-16"),
     "cat\ndog\n".encode("utf-16-le"),   # without its mark
-    "cat\ndog\n".encode("utf-16")[:-1],
-], ids=["latin-1", "shift_jis", "utf-16 without a mark", "half a letter"])
+], ids=["latin-1", "shift_jis", "utf-16", "utf-16 without a mark"])
 @pytest.mark.parametrize("read", [read_classes, read_prompts])
 def test_a_text_file_of_another_encoding_is_refused_by_name(tmp_path, read, content):
     path = tmp_path / "names.txt"
@@ -178,11 +174,11 @@ def test_a_list_in_another_style_is_answered_with_a_line_as_it_should_be(voc_roo
     path = voc_root / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"
     path.write_text(f"{line}\n")
 
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(FileNotFoundError) as caught:
         open_split("voc", voc_root, "train")
 
-    assert sentence(caught).startswith(f"{path} has the line '{line}'")
-    assert "name alone" in sentence(caught) and "like 2007_000032" in sentence(caught)
+    assert f"is missing: the images are not there, or '{line}' in {path} is" in sentence(caught)
+    assert sentence(caught).endswith("like 2007_000032")
 
 
 def write_label(path, values, dtype=np.uint8):
@@ -214,7 +210,7 @@ def test_labels_may_have_any_values(tmp_path, label_values, ignored, labels, tru
     as_older_pillow_opens_16_bits = write_label(tmp_path / "a.tif", labels, np.int32)
 
     for path in (path, as_older_pillow_opens_16_bits):
-        assert Files([path], [path], label_values, ignored).truth(0).tolist() == truth
+        assert Files(["a"], [path], [path], label_values, ignored).truth(0).tolist() == truth
 
 
 @pytest.mark.parametrize("data, classes", [("ade20k", 150), ("context", 59)])
@@ -224,7 +220,7 @@ def test_labels_of_a_benchmark_that_start_at_0_are_refused(tmp_path, data, class
     path = write_label(tmp_path / "from_0.png", [[0, 1, classes - 1, 255]])
 
     with pytest.raises(ValueError) as caught:
-        Files([path], [path], entry.label_values, entry.ignored_values).truth(0)
+        Files(["a"], [path], [path], entry.label_values, entry.ignored_values).truth(0)
 
     assert "from_0.png holds the value 255" in sentence(caught)
     assert "labels that start at 0" in sentence(caught)
@@ -235,7 +231,8 @@ LABEL = "SegmentationClass/val_0.png"
 
 
 @pytest.mark.parametrize("file, content, words", [
-    (IMAGE, None, "val_0.jpg does not exist"),
+    (IMAGE, None, "val_0.jpg is missing: the images are not there"),
+    ("JPEGImages/val_1.jpg", None, "val_1.jpg does not exist"),
     (IMAGE, b"no image", "val_0.jpg is not a readable image"),
     (LABEL, None, "val_0.png is missing: evaluation needs the annotations (training does not)"),
     (LABEL, b"no image", "val_0.png is not a readable annotation"),
@@ -253,7 +250,8 @@ def test_what_is_wrong_with_a_split_is_named(voc_root, file, content, words):
         write_label(path, content)
 
     with pytest.raises((ValueError, OSError)) as caught:
-        Evaluation(open_split("voc", voc_root, "val"), 2048, 64)[0]
+        pairs = Evaluation(open_split("voc", voc_root, "val"), 2048, 64, antialias=False)
+        pairs[1], pairs[0]
 
     assert words in sentence(caught)
 
@@ -270,7 +268,6 @@ def test_real_files_of_the_benchmarks(shared, data, labels, counts):
     split = open_split(data, root, "val")
 
     assert (len(open_split(data, root, "train")), len(split)) == counts
-    assert split.antialias is False  # as the authors resize them
     for i, name in enumerate(split.names):
         values = np.array(Image.open(shared(f"{labels}/{name}.png"))).astype(int)
         expected = np.where((values == 0) | (values == 255), IGNORE, values - 1)
@@ -412,7 +409,7 @@ def test_fewer_bits_in_16_of_a_color_image_are_refused(tmp_path, bits):
     if bits == 16:
         assert abs(read_image(tmp_path / "a.png") - 255 * RAMP[:, :, None]).max() <= 1
         return
-    with pytest.raises(ValueError, match="a.png .*14 of its 16 bits a color.*save it with 8"):
+    with pytest.raises(ValueError, match="a.png .*below a quarter of its 16 bits: save it with 8"):
         read_image(tmp_path / "a.png")
 
 
@@ -443,7 +440,7 @@ def test_a_file_that_claims_to_be_huge_is_named(tmp_path):
     with pytest.raises(ValueError, match="bomb.png is not a readable image: Image size"):
         read_image(path)
     with pytest.raises(ValueError, match="bomb.png is not a readable annotation"):
-        Files([path], [path], range(1, 21)).truth(0)
+        Files(["a"], [path], [path], range(1, 21)).truth(0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the program that is set out is a shell script")
@@ -461,7 +458,7 @@ def test_an_image_starts_no_program(tmp_path, monkeypatch):
         Image.open(path).load()  # who opens it without care starts the program
     (tmp_path / "started").unlink()
 
-    for read in (read_image, Folder, lambda path: Files([path], [path], [1]).truth(0)):
+    for read in (read_image, Folder, lambda path: Files(["a"], [path], [path], [1]).truth(0)):
         with pytest.raises(ValueError):
             read(path)
 
@@ -491,7 +488,6 @@ def test_a_folder_leaves_out_what_it_cannot_read_and_says_so(photos, capsys):
     folder = open_split(str(photos), "no root", "train")
 
     assert folder.names == GOOD and len(folder) == 4
-    assert folder.antialias is True  # the authors never saw these images: nothing to reproduce
     pixels = np.array(Image.open(photos / "sub/b.png"))
     assert np.array_equal(folder.image(2).permute(1, 2, 0), pixels)
 
@@ -505,13 +501,13 @@ def test_a_folder_leaves_out_what_it_cannot_read_and_says_so(photos, capsys):
 
 
 def test_files_of_other_kinds_are_counted_and_named(photos, capsys):
-    for name in ("1.heic", "2.HEIC", "sub/3.heic", "4.tiff", "notes.txt", "sub/.DS_Store"):
+    for name in ("1.heic", "2.HEIC", "sub/3.heic", "4.cr2", "notes.txt", "sub/.DS_Store"):
         (photos / name).write_bytes(b"")
 
     assert Folder(photos).names == GOOD
     printed = capsys.readouterr().err
-    assert "left out 6 files of other kinds than .jpg" in printed
-    assert "3 .heic, 1 .tiff, 1 .txt, 1 .DS_Store" in printed
+    assert "left out 6 files of other kinds than .bmp" in printed
+    assert "3 .heic, 1 .cr2, 1 .txt, 1 .DS_Store" in printed
 
 
 def test_what_our_own_programs_drew_is_left_out_and_said(
@@ -663,7 +659,7 @@ def test_augmentation_against_a_literal_loop(size, ratio, flip):
     (0, False, True, True),
 ])
 def test_augment_knows_whether_it_changes_images(crop, flip, photometric, changes):
-    augment = Augment(100, 40, crop, flip=flip, photometric=photometric)
+    augment = Augment(100, 40, crop, flip=flip, photometric=photometric, antialias=True)
     image = numbered(20, 31)
 
     seen = [(255 * augment(image)[0]).round().byte() for _ in range(20)]
@@ -728,7 +724,8 @@ def test_colors_are_distorted_as_by_a_literal_loop():
 def stream(voc_root):
     """A stream over five images; it could open a label, which is not there."""
     shutil.rmtree(voc_root / "VOCdevkit/VOC2012/SegmentationClass")
-    return TrainingStream(open_split("voc", voc_root, "train"), Augment(2048, 64, 48), seed=3)
+    augment = Augment(2048, 64, 48, antialias=False)
+    return TrainingStream(open_split("voc", voc_root, "train"), augment, seed=3)
 
 
 def test_every_epoch_shows_each_image_once_in_another_order(stream):
@@ -757,7 +754,7 @@ def test_an_item_follows_from_seed_and_number_alone(stream):
 
 
 def test_an_image_looks_different_each_time_and_under_each_seed(stream):
-    one_image = Files(stream.split.image_paths[:1], None, ())
+    one_image = Files(["a"], stream.split.image_paths[:1], None, ())
 
     seed_3 = TrainingStream(one_image, stream.transform, seed=3)
     seed_4 = TrainingStream(one_image, stream.transform, seed=4)
@@ -777,9 +774,8 @@ def test_the_second_epoch_of_a_seed_is_not_the_first_of_the_next(stream):
 def test_evaluation_resizes_the_image_and_keeps_the_truth_at_its_size(voc_root):
     split = open_split("voc", voc_root, "val")
     for antialias in (False, True):
-        split.antialias = antialias
         for sides in ((2048, 50), (70, 70), (9, 0)):
-            image, truth, name = Evaluation(split, *sides)[1]
+            image, truth, name = Evaluation(split, *sides, antialias)[1]
 
             expected = resize_within(split.image(1), *sides, antialias)
             close(image, expected.float() / 255, 1e-7)
@@ -790,7 +786,7 @@ def test_evaluation_resizes_the_image_and_keeps_the_truth_at_its_size(voc_root):
 @pytest.mark.parametrize("size", [(40, 100), (100, 40), (37, 31)])
 def test_thumbnails_are_clips_own_preprocessing_on_benchmarks_too(tmp_path, size):
     noise(*size, 3).save(tmp_path / "a.png")
-    split = Files([tmp_path / "a.png"], None, (1, 2), antialias=False)
+    split = Files(["a"], [tmp_path / "a.png"], None, (1, 2))
 
     image, name = Thumbnails(split, 24)[0]
 
@@ -800,23 +796,6 @@ def test_thumbnails_are_clips_own_preprocessing_on_benchmarks_too(tmp_path, size
         v2.ToDtype(torch.float32, scale=True),
     ])
     assert torch.equal(image, clips_own(split.image(0))) and name == "a"
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 30000), (30000, 1)])
-def test_a_strip_becomes_a_thumbnail_without_becoming_gigantic(tmp_path, monkeypatch, size):
-    noise(*size).save(tmp_path / "a.png")
-    resize = v2.functional.resize
-    made = []
-
-    def watched(*arguments, **options):
-        made.append(resize(*arguments, **options))
-        return made[-1]
-
-    monkeypatch.setattr(v2.functional, "resize", watched)
-    image, _ = Thumbnails(Folder(tmp_path), 24)[0]
-
-    assert image.shape == (3, 24, 24)
-    assert max(image.numel() for image in made) <= 4 * 3 * 24 * 24
 
 
 def test_progress_is_a_line_now_and_then(monkeypatch, capsys):
@@ -836,7 +815,9 @@ def test_progress_is_a_line_now_and_then(monkeypatch, capsys):
 
 def test_the_file_copied_elsewhere_works_alone(voc_root):
     shutil.copy(ROOT / "datasets.py", voc_root)
-    program = "from datasets import *; print(*Evaluation(open_split('voc', '.', 'val'), 9, 0)[1])"
+    program = (
+        "from datasets import *; print(*Evaluation(open_split('voc', '.', 'val'), 9, 0, False)[1])"
+    )
 
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=voc_root, capture_output=True, text=True

@@ -288,17 +288,15 @@ def test_the_similarity_is_100_cosines_of_the_whole_image_under_either_recipe(ma
 
 # --- Eq. (5) --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("pool", ["global", "mask"])
-def test_pooled_features_are_the_mean_under_each_mask(pool):
+def test_pooled_features_are_sums_under_each_mask_over_all_patches():
     Z = unit(B, D, h, w)
     classes = torch.randint(0, C - 1, (B, h, w))            # nothing falls to the last class
 
-    pooled = masked_features(Z, one_class_each(classes), pool)
+    pooled = masked_features(Z, one_class_each(classes))
 
     for b, c, d in product(range(B), range(C), range(D)):
         under = [Z[b, d, y, x] for y in range(h) for x in range(w) if classes[b, y, x] == c]
-        count = h * w if pool == "global" else max(1, len(under))
-        close(pooled[b, c, d], torch.as_tensor(sum(under) / count, dtype=torch.float64))
+        close(pooled[b, c, d], torch.as_tensor(sum(under) / (h * w), dtype=torch.float64))
     assert not pooled[:, C - 1].any()
 
 
@@ -347,7 +345,7 @@ def test_equation_5_takes_a_patch_from_the_class_that_it_does_not_resemble():
 
 @pytest.mark.parametrize("options", [
     {},
-    {"pool": "mask", "tau": 0.02, "tau_1": 0.01, "reference_norm": "class"},
+    {"tau": 0.02, "tau_1": 0.01, "reference_norm": "class"},
     {"subtract": False, "positional_channels": 1},
     {"prompt_per_class": True, "positional_gain": 0.05, "positional_channels": None},
 ])
@@ -377,13 +375,13 @@ def test_all_of_the_rectification_from_the_image_to_the_loss(make_model, clip, o
     noise = reference.gumbel_noise(5, M.shape)
     masks = reference.hard_masks(M, options.get("tau_1", 0.001), noise)
     expected = reference.contrastive_loss(
-        Z, masks, model.W_q, LABELS, options.get("tau", 0.05), options.get("pool", "global"))
+        Z, masks, model.W_q, LABELS, options.get("tau", 0.05))
 
     # The same as train.py does it.
     output = model(images)
     torch.manual_seed(5)
     found = gumbel_softmax_masks(output.rectified, model.options.tau_1)
-    pooled = masked_features(output.features, found, model.options.pool)
+    pooled = masked_features(output.features, found)
     loss = contrastive_loss(pooled, model.W_q, LABELS, model.tau)
 
     close(output.rectified, M)
@@ -503,16 +501,15 @@ def test_equation_7_the_L1_distance_of_the_features_at_each_pixel():
 
 # --- The text-guided loss, and Eq. (8) ------------------------------------------------------------
 
-@pytest.mark.parametrize("pool", ["global", "mask"])
-def test_the_text_guided_loss_is_equations_4_and_5_of_the_student(pool):
+def test_the_text_guided_loss_is_equations_4_and_5_of_the_student():
     M_student, Z_student, W_q = numbers(B, C, h, w), unit(B, D, h, w), unit(C, D)
     noise = reference.gumbel_noise(7, M_student.shape)
 
     torch.manual_seed(7)
-    loss = text_guided_loss(M_student, Z_student, W_q, LABELS, 0.5, 0.1, pool)
+    loss = text_guided_loss(M_student, Z_student, W_q, LABELS, 0.5, 0.1)
 
     masks = reference.hard_masks(M_student, 0.5, noise)
-    close(loss, reference.contrastive_loss(Z_student, masks, W_q, LABELS, 0.1, pool))
+    close(loss, reference.contrastive_loss(Z_student, masks, W_q, LABELS, 0.1))
 
 
 def test_equation_8_half_of_the_last_two():

@@ -6,6 +6,7 @@ What it refuses is in test_refusals.py. Photographs from training to masks: test
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from eval import (
     scores,
     segment_image,
     segment_images,
+    without_biases,
 )
 from reclip import ReCLIP, query_text_features
 
@@ -73,8 +75,6 @@ class Reads:
 
 class Made:
     """A split of given images and truths."""
-    antialias = True
-
     def __init__(self, images, truths):
         self.images = images
         self.truths = truths
@@ -552,9 +552,10 @@ def test_masks_stay_below_their_folder_whatever_images_are_called(tmp_path):
 @pytest.mark.parametrize("recipe, short_side", [("cvpr2024", 512), ("2025", 336)])
 def test_plain_clip_is_the_query_alone(clip, recipe, short_side):
     """Shown as the recipe's rectification is, and read as it is."""
-    W_q = torch.nn.functional.normalize(torch.randn(20, 12), dim=1)
-    model = plain_clip(clip, DATA["voc"], recipe, W_q)
-    other = ReCLIP(clip, DATA["voc"].classes, W_q=W_q, recipe=recipe, prompt_length=2)
+    voc = replace(DATA["voc"], prompts=("a {}", "the {}"))
+    model = plain_clip(clip, voc, recipe)
+    W_q = query_text_features(clip, voc.classes, voc.prompts)
+    other = ReCLIP(clip, voc.classes, W_q=W_q, recipe=recipe, prompt_length=2)
     image = torch.rand(1, 3, 13, 18)
 
     expected = torch.einsum("cd,bdhw->bchw", W_q, other.features(image))
@@ -562,6 +563,23 @@ def test_plain_clip_is_the_query_alone(clip, recipe, short_side):
     assert not model.training
     assert model.protocol == dict(
         long_side=2048, short_side=short_side, antialias=False, denoise=0.5)
+
+
+def test_the_plain_clip_of_a_model_is_as_it_was_before_it_learnt(clip):
+    """Of a published one too, which reads patches with a class token of its own."""
+    class_token = torch.randn(clip.visual.class_embedding.numel())
+    reading = {"class_token": class_token, "eps": 1e-2}
+    names = ["cat", "dog", "grass"]
+    model = ReCLIP(
+        clip, names, W_q=torch.eye(3, 12), reading=reading, protocol={"denoise": 0.5},
+        prompt_length=2,
+    ).eval()
+    image = torch.rand(1, 3, 13, 18)
+
+    plain = without_biases(model)
+
+    close(plain(image).rectified, model(image).query, 1e-6)
+    assert plain.stage == "clip" and plain.protocol == model.protocol and not plain.training
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -580,11 +598,10 @@ def test_plain_clip_on_a_data_set(make_voc, make_clip, merges, tmp_path):
     ])
 
     clip = load_clip(tmp_path / "tiny.pt")
-    W_q = query_text_features(clip, DATA["voc"].classes, templates)
-    model = plain_clip(clip, DATA["voc"], "2025", W_q)
+    model = plain_clip(clip, replace(DATA["voc"], prompts=templates), "2025")
     model.protocol["denoise"] = 0.2
     expected = torch.zeros(20, 20, dtype=torch.int64)
-    for image, truth, _ in Evaluation(open_split("voc", root, "val"), 2048, 32):
+    for image, truth, _ in Evaluation(open_split("voc", root, "val"), 2048, 32, False):
         assert image.shape[1] == 32 and truth.shape[0] >= 60
         mask = predict_mask(model, image, truth.shape)
         expected += confusion_matrix(mask, truth, 20)
@@ -659,5 +676,5 @@ def test_plain_clip_is_read_by_the_first_recipe_of_its_data_set(clip):
     for dataset, recipe in (
         (own_images("own", ("cat", "dog")), "2025"), (DATA["voc"], "cvpr2024")
     ):
-        model = plain_clip(clip, dataset, W_q=torch.eye(len(dataset.classes), 12))
+        model = plain_clip(clip, replace(dataset, prompts=("a {}",)))
         assert model.options.recipe == recipe

@@ -2,7 +2,7 @@
 
     shapes      areas and hues in closed form; no pixel depends on the order of drawing
     pretrain    merges and CLIP's loss by hand; what it writes is a CLIP
-    prepare     COCO's run lengths, Context's labels, hostile archives, addresses in turn
+    prepare     COCO's run lengths, Context's labels, archives of another md5, addresses in turn
     published   the authors' files: their logits, computed from the raw tensors
     plusplus    ReCLIP++'s formulas and its windows in plain words; their file; resume
     paper       Figure 1's counts by slow loops, later attention patch by patch, a small run
@@ -13,13 +13,11 @@ What these programs refuse on the command line stands in test_refusals.py.
 
 import csv
 import hashlib
-import io
 import json
 import math
 import pickle
 import shutil
 import tarfile
-import zipfile
 from collections import Counter
 from colorsys import hsv_to_rgb
 from dataclasses import replace
@@ -394,71 +392,17 @@ def test_label_files_with_another_order_of_classes_are_refused(context):
     assert "category 9 is bicycle, not bag: are VOC's 20 classes first here?" in sentence(failed)
 
 
-@pytest.fixture
-def old_python(monkeypatch):
-    """Python 3.10.0 to 3.10.11, whose tarfile has no filter: there extractall is not safe."""
-    for name in ("data_filter", "tar_filter", "fully_trusted_filter", "FilterError"):
-        monkeypatch.delattr(tarfile, name, raising=False)
-    for name in ("extractall", "extract"):
-        monkeypatch.setattr(tarfile.TarFile, name, lambda *members: pytest.fail("not safe"))
+def test_an_archive_of_another_md5_is_not_unpacked(tmp_path):
+    with tarfile.open(tmp_path / "VOCtrainval_11-May-2012.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("VOCdevkit/VOC2012/evil"))
+
+    with pytest.raises(ValueError, match="does not have the md5 6cd6e144f989b92b3379bac3b3de84fd"):
+        prepare.prepare("voc", tmp_path)
+
+    assert not (tmp_path / "VOCdevkit").exists()
 
 
-TAR = "VOCtrainval_11-May-2012.tar"
-
-
-def member(name, link=None, kind=tarfile.SYMTYPE):
-    info = tarfile.TarInfo(name)
-    if link is None:
-        info.size = 4
-    else:
-        info.type, info.linkname = kind, link
-    return info
-
-
-@pytest.mark.parametrize("members, refused", [
-    ([member("../evil")], True),
-    ([member("VOCdevkit/../../../evil")], True),
-    ([member("{}/evil")], True),
-    ([member("VOCdevkit/VOC2012", "../.."), member("VOCdevkit/VOC2012/good")], False),
-    ([member("VOCdevkit/VOC2012/out", "{}"), member("VOCdevkit/VOC2012/out/good")], False),
-    ([member("VOCdevkit/VOC2012/evil", "../secret", tarfile.LNKTYPE)], True),
-])
-def test_a_hostile_tar_writes_nothing_outside(tmp_path, old_python, members, refused):
-    (tmp_path / "secret").write_text("mine")
-    root = tmp_path / "root"
-    root.mkdir()
-    with tarfile.open(root / TAR, "w") as tar:
-        for info in members:
-            name, link = info.name.format(tmp_path), info.linkname.format(tmp_path)
-            tar.addfile(info.replace(name=name, linkname=link, deep=False), io.BytesIO(b"evil"))
-
-    if refused:
-        with pytest.raises(ValueError, match="could not be unpacked"):
-            prepare.prepare("voc", root)
-    else:
-        prepare.prepare("voc", root)
-
-    found = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {"secret", TAR} | set([] if refused else ["good"])
-    assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
-    assert {path.name for path in tmp_path.iterdir()} == {"secret", "root"}
-
-
-def test_a_hostile_zip_writes_nothing_outside(tmp_path):
-    root = tmp_path / "in/root"
-    root.mkdir(parents=True)
-    with zipfile.ZipFile(root / "ADEChallengeData2016.zip", "w") as file:
-        file.writestr("ADEChallengeData2016/images/training/a.jpg", "good")
-        for name in ("../evil", "/evil", "ADEChallengeData2016/../../evil"):
-            file.writestr(name, "evil")
-
-    prepare.prepare("ade20k", root)
-
-    assert (root / "ADEChallengeData2016/images/training/a.jpg").read_text() == "good"
-    assert not list(tmp_path.rglob("evil"))
-
-
-def test_addresses_are_tried_in_turn(make_voc, serve, old_python, tmp_path, monkeypatch):
+def test_addresses_are_tried_in_turn(make_voc, serve, tmp_path, monkeypatch):
     make_voc({"train": 2, "val": 1})
     with tarfile.open(tmp_path / "voc.tar", "w") as tar:
         tar.add(tmp_path / "VOCdevkit", "VOCdevkit")
@@ -1272,7 +1216,7 @@ def evidence(all_rows, tmp_path):
 def miou_in_words(logits_of):
     """On the test images, with logits_of(image (1, 3, 64, 64)) -> (C, 8, 8); percent."""
     both, either, seen = Counter(), Counter(), set()
-    for image, truth, _ in Evaluation(open_split("shapes", None, "test"), 64, 64):
+    for image, truth, _ in Evaluation(open_split("shapes", None, "test"), 64, 64, True):
         with torch.no_grad():
             mask = reference.enlarge(logits_of(image[None]).double(), 8, 64, 64).argmax(0)
         for c in range(8):

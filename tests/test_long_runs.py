@@ -239,7 +239,7 @@ def test_two_processes_average_their_gradients(arguments, tiny_clip_file, tmp_pa
     model = train.new_reclip(load_clip(tiny_clip_file), dataset, options, settings, seed=0)
     split = Folder(tmp_path / "photos")
     labels = train.label_training_set(model, split, settings, tmp_path / "run/image_labels.json")
-    stream = train.training_stream(split, (2048, 32), 32, settings, seed=0)
+    stream = train.training_stream(split, model, 32, settings, seed=0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=5e-4)
 
@@ -324,7 +324,7 @@ def test_nothing_is_left_on_the_cpu(fake_gpu, make_clip):
 
     taught = teacher.train()(images, valid)
     masks = reclip.gumbel_softmax_masks(taught.rectified)
-    pooled = reclip.masked_features(taught.features, masks, "mask")
+    pooled = reclip.masked_features(taught.features, masks)
     losses = [reclip.contrastive_loss(pooled, teacher.W_q, labels, 0.01)]
     teacher_masks = teacher.eval().to_pixels(taught.rectified, 24, 22).argmax(1)
     for student in students:
@@ -510,8 +510,7 @@ def test_a_folder_of_your_own_ends_above_plain_clip(slow, tmp_path, count, loss_
         "--seed", seed, "--out", tmp_path / "run", "--device", "cpu",
     )])
     model = ReCLIP.load(tmp_path / "run" / "rectify.pt")
-    plain = evaluation.plain_clip(model.clip, shapes, W_q=model.W_q)
-    plain.protocol = model.protocol
+    plain = evaluation.without_biases(model)
 
     miou = []
     split.names = split.names[:count]

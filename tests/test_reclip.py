@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import reclip
 import reference
-from clip_model import QuickGELU, load_clip
+from clip_model import QuickGELU, load_clip, maskclip
 from conftest import close, sentence
 from datasets import own_images
 from reclip import (
@@ -52,7 +52,7 @@ def padding():
 def loss_of(model, Z):
     """Eq. (1)-(5) as a step of training has them."""
     masks = gumbel_softmax_masks(model.rectify(Z).rectified, model.options.tau_1)
-    pooled = masked_features(Z, masks, model.options.pool)
+    pooled = masked_features(Z, masks)
     return contrastive_loss(pooled, model.W_q, LABELS, model.tau)
 
 
@@ -251,7 +251,7 @@ def test_the_last_block_is_read_as_asked(make_model):
     def first_row(block, tokens, size):
         """Every patch gets what MaskCLIP gives the first patch of its row."""
         assert size == (4, 5)
-        patches = block.value_path(tokens[:, 1:]).unflatten(1, size)
+        patches = maskclip(block, tokens, size).unflatten(1, size)
         return patches[:, :, :1].expand(-1, -1, 5, -1).flatten(1, 2)
 
     some = images()
@@ -380,7 +380,7 @@ def saved(clip, merges, tmp_path):
         protocol={"long_side": 64, "short_side": 20, "antialias": True, "denoise": 0.25},
         prompt_length=5, prompt_per_class=True, query_learnable=True, reference_norm="class",
         positional_channels=1, positional_last_relu=False, positional_gain=0.3, subtract=False,
-        tau_1=0.01, tau=0.03, pool="mask", recipe="2025", cut_names=True,
+        tau_1=0.01, tau=0.03, recipe="2025", cut_names=True,
     )
     shake(Saved.model)
     Saved.model.train()(images().float())  # moves the running statistics
@@ -491,7 +491,7 @@ def test_another_activation_is_another_clip(saved, make_clip, merges, tmp_path):
 
 def test_an_attention_of_ones_own_has_to_be_given_again(make_model, clip, tmp_path):
     def backwards(block, tokens, size):
-        return block.value_path(tokens[:, 1:]).flip(1)
+        return maskclip(block, tokens, size).flip(1)
 
     model, some = make_model(attention=backwards).float().eval(), images().float()
     model.save(tmp_path / "model.pt")
@@ -533,7 +533,8 @@ def test_files_that_are_no_model_are_refused_in_a_sentence(saved, hostile, damag
     (["cat"], {}, "two or more"),
     ("cat, dog", {}, "class names must be a list"),
     (["cat", "dog"], {"prompts": "a photo of a {}."}, "prompts must be a list of templates"),
-    (["cat", "dog"], {"pool": "max"}, "pool is 'max'; it must be global or mask"),
+    (["cat", "dog"], {"reference_norm": "l2"},
+     "reference_norm is 'l2'; it must be frobenius or class"),
     (["cat", "dog"], {"recipe": "2024"}, "recipe is '2024'"),
     (["cat", "dog"], {"reference_norm": "rows"}, "reference_norm is 'rows'"),
     (["cat", " ".join(60 * ["the"])], {}, "no room for a prompt: the longest class name has 60"),

@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,8 +34,6 @@ COLORS = {"cvpr2024": reference.IMAGENET_COLORS, "2025": reference.CLIP_COLORS}
 
 class SmallImages:
     """A split of noise: images of 10 x 14 and 14 x 9 pixels in turn, named a, b, c, ..."""
-
-    antialias = True
 
     def __init__(self, names="ab"):
         self.names = list(names)
@@ -148,10 +147,13 @@ def settings_without_chance(**changes):
     return train.hyper_parameters(OWN, **(fixed | changes))[1]
 
 
+PROTOCOL = dict(long_side=14, short_side=10, antialias=True, denoise=0.0)
+
+
 def unsettled_model(clip, **options):
     """A ReCLIP in float64 with C = 4, whose masks depend on noise and on every part."""
     W_q = nn.functional.normalize(torch.randn(4, 12), dim=1)
-    fixed = dict(prompt_length=6, tau_1=0.3, tau=0.2, positional_gain=0.2)
+    fixed = dict(prompt_length=6, tau_1=0.3, tau=0.2, positional_gain=0.2, protocol=PROTOCOL)
     names = ["cat", "dog", "grass", "tree"]
     return ReCLIP(clip, names, W_q=W_q, **(fixed | options)).double()
 
@@ -199,12 +201,12 @@ def sgd_step(parameters, loss, velocity, lr, momentum=0.8, weight_decay=0.01):
             p -= lr * velocity[name]
 
 
-@pytest.mark.parametrize("recipe, pool", [("cvpr2024", "global"), ("2025", "mask")])
-def test_rectification_is_this_loop(clip, tmp_path, recipe, pool):
+@pytest.mark.parametrize("recipe", ["cvpr2024", "2025"])
+def test_rectification_is_this_loop(clip, tmp_path, recipe):
     """Eq. (1)-(5), SGD, the poly rule. All 6 x 6 patches count, padding too (as released)."""
     split = SmallImages()
     settings = settings_without_chance(crop=24, rectify_long_side=14, rectify_short_side=10)
-    model = unsettled_model(clip, recipe=recipe, pool=pool).eval()  # the loop sets train mode
+    model = unsettled_model(clip, recipe=recipe).eval()  # the loop sets train mode
     before = deepcopy(model.state_dict())
     train.train_rectification(
         model, split, LABELS, settings, DoubleRun("rectify", tmp_path, seed=3)
@@ -238,7 +240,7 @@ def test_rectification_is_this_loop(clip, tmp_path, recipe, pool):
         noise = reference.gumbel_noise(4 * 7_368_787 + step, (1, 4, 6, 6))
         masks = masks_of(M[None], 0.3, noise)
         found = LABELS[split.names[i]][None]
-        loss = reference.contrastive_loss(Z[None], masks, W_q, found, 0.2, pool)
+        loss = reference.contrastive_loss(Z[None], masks, W_q, found, 0.2)
 
         lr = 0.5 * (1 - epoch / 3) ** 0.7
         sgd_step(learning, loss, velocity, lr)
@@ -268,7 +270,7 @@ def test_distillation_is_this_loop(clip, tmp_path):
         distill_lr_floor=0.2, alpha=0.4, beta=0.3, rectify_poly_epochs=5,
         distill_crop=24, distill_long_side=14, distill_short_side=10,
     )
-    teacher = unsettled_model(clip, pool="mask").eval()
+    teacher = unsettled_model(clip).eval()
     student = train.new_student(teacher, OWN, settings, seed=2).double()
     copy = deepcopy(student)
     before = deepcopy(teacher.state_dict())
@@ -315,7 +317,7 @@ def test_distillation_is_this_loop(clip, tmp_path):
 
         noise = reference.gumbel_noise(4 * 7_368_787 + step, (2, 4, 6, 6))
         masks = masks_of(M_student, 0.3, noise)
-        text_loss = reference.contrastive_loss(Z_student, masks, W_q, found, 0.2, "mask")
+        text_loss = reference.contrastive_loss(Z_student, masks, W_q, found, 0.2)
         mask_loss, feature_loss = mask_loss / pixels, feature_loss / pixels
         loss = mask_loss + 0.4 * feature_loss + 0.3 * text_loss
 
@@ -355,7 +357,7 @@ def test_features_of_unchanging_images_are_computed_once(clip):
     split = SmallImages("aca")
     split.names = list("abc")
     split.images[1] = split.images[0].flip(2)  # one size, for a batch of whole images
-    augment = Augment(0, 0, crop=0, flip=False, photometric=False)
+    augment = Augment(0, 0, crop=0, flip=False, photometric=False, antialias=True)
     stream = TrainingStream(split, augment, seed=5)
     model = unsettled_model(clip).float()
     expected = {}
@@ -400,7 +402,8 @@ class Weighted(ReCLIP):
 
 
 def test_a_parameter_hung_on_the_model_learns_and_is_kept(clip, tmp_path):
-    model = Weighted(clip, ["cat", "dog", "grass", "tree"], W_q=torch.eye(4, 12), tau_1=0.3)
+    names = ["cat", "dog", "grass", "tree"]
+    model = Weighted(clip, names, W_q=torch.eye(4, 12), tau_1=0.3, protocol=PROTOCOL)
     settings = settings_without_chance()
     train.train_rectification(
         model, SmallImages(), LABELS, settings, train.Run("rectify", tmp_path)
@@ -423,7 +426,7 @@ def test_options_and_protocols_reach_both_models(clip):
     given = dict(
         prompt_length=3, prompt_per_class=True, reference_norm="class", query_learnable=True,
         positional_channels=1, positional_last_relu=False, positional_gain=0.5, subtract=True,
-        tau_1=0.5, tau=0.25, pool="mask", cut_names=True, recipe="2025",
+        tau_1=0.5, tau=0.25, cut_names=True, recipe="2025",
     )
     options, settings = train.hyper_parameters(
         context, **given, student="tiny", backbone_weights="none"
@@ -502,7 +505,7 @@ EVERYWHERE = dict(
     head="query_reference", student="resnet101", backbone_weights="imagenet",
     prompt_length=73, prompt_per_class=False, reference_norm="frobenius", query_learnable=False,
     positional_channels=None, positional_last_relu=True, positional_gain=1.0, subtract=True,
-    tau_1=0.001, tau=None, pool="global", cut_names=False,
+    tau_1=0.001, tau=None, cut_names=False,
 )
 
 
@@ -531,12 +534,12 @@ def hyper_parameters_of(*arguments):
 
 
 def test_the_command_line_comes_before_the_data_set_before_the_default(monkeypatch):
-    numbers = DATA["voc"].numbers | {"lr": 7.0, "pool": "mask"}
+    numbers = DATA["voc"].numbers | {"lr": 7.0, "reference_norm": "class"}
     monkeypatch.setitem(DATA, "voc", dataclasses.replace(DATA["voc"], numbers=numbers))
 
     found = hyper_parameters_of("--stage", "rectify", "--data", "voc", "--lr", "9", "--tau", "4")
     assert (found["lr"], found["tau"]) == (9, 4)                    # the command line
-    assert (found["pool"], found["crop"]) == ("mask", 512)          # the entry, its first recipe
+    assert (found["reference_norm"], found["crop"]) == ("class", 512)  # the entry, its first recipe
     assert (found["alpha"], found["tau_1"]) == (0.5, 0.001)         # the default
 
     found = hyper_parameters_of("--data", "voc", "--recipe", "2025", "--lr", "9", "--epochs", "4")
@@ -551,7 +554,7 @@ def test_the_command_line_comes_before_the_data_set_before_the_default(monkeypat
     (["--no-positional-last-relu"], "positional_last_relu", False),
     (["--query-learnable"], "query_learnable", True),
     (["--mask-tau", "0.5"], "mask_tau", 0.5),
-    (["--pool", "mask"], "pool", "mask"),
+    (["--reference-norm", "class"], "reference_norm", "class"),
 ])
 def test_each_hyper_parameter_is_an_option_and_changes_nothing_else(words, name, value):
     ordinary = hyper_parameters_of("--data", "voc")
@@ -575,20 +578,21 @@ def test_help_tells_source_and_values_of_each_data_set(capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "learning rate of SGD (Sec. 4.1) [0.01, shapes 2025: 2.0]" in text
-    assert "ade20k cvpr2024: 150, ade20k 2025: 101, shapes 2025: 20]" in text
+    assert "learning rate of SGD (Sec. 4.1) [0.01, shapes 2025: 2.0, your own images 2025" in text
+    assert "ade20k cvpr2024: 150, ade20k 2025: 101, shapes 2025: 20, your own images" in text
 
 
 def test_settings_reach_the_images():
     given = dict(resize_from=0.7, resize_to=1.1, flip=False, photometric=True)
     _, settings = train.hyper_parameters(OWN, **given)
-    split = SmallImages()
-    for split.antialias in (False, True):
-        stream = train.training_stream(split, (99, 88), 77, settings, seed=5)
+    for antialias in (False, True):
+        model = SimpleNamespace(
+            protocol=dict(long_side=99, short_side=88, antialias=antialias, denoise=0.0))
+        stream = train.training_stream(SmallImages(), model, 77, settings, seed=5)
         assert stream.seed == 5
         assert vars(stream.transform) == dict(
             long_side=99, short_side=88, crop=77, ratio=(0.7, 1.1), flip=False, photometric=True,
-            antialias=split.antialias, changes=True,
+            antialias=antialias, changes=True,
         )
 
 
