@@ -183,9 +183,9 @@ class DataSet:
 
 
 # The authors' code exists in two states, whose numbers are the two recipes of the benchmarks:
-# cvpr2024, to which the paper's numbers belong, and 2025 (reclip.RECIPES has the rest, and says
-# where they come from). In 2025 the epochs are numbered from 0, and the run stops after number 50
-# (ADE20K: 100) of a schedule laid out for more. Distillation and denoising are the same in both.
+# cvpr2024, which made the paper's numbers (we infer), and 2025 (reclip.RECIPES has the rest). In
+# 2025 the epochs are numbered from 0, and the run stops after number 50 (ADE20K: 100) of a schedule
+# laid out for more. Distillation and denoising are the same in both.
 DATA = {
     "voc": DataSet(
         name="voc",
@@ -613,10 +613,8 @@ class Folder(Files):
             if path.is_dir():
                 for file in find_images(path):
                     names[file.absolute()] = file.relative_to(path).as_posix()
-            elif path.exists():
-                names[path.absolute()] = path.name
             else:
-                raise FileNotFoundError(f"{path} is neither an image nor a folder of images")
+                names[path.absolute()] = path.name
 
         # Two folders may both hold a cat.jpg; masks and labels are kept by name: names must differ.
         if len(set(names.values())) < len(names):
@@ -647,9 +645,6 @@ class Folder(Files):
         super().__init__(
             list(readable.values()), list(readable), annotation_paths=None, label_values=()
         )
-
-    def truth(self, i):
-        raise ValueError(f"{self.names[i]} has no labels")
 
 
 def find_images(folder):

@@ -20,9 +20,11 @@ What stands here, the equations in the paper's order
     image_level_labels              Sec. 3.4    which classes does the image hold?
     masked_features, contrastive_loss  Eq. (5)
     Options, ReCLIP                 all of that as one module, with save and load
+    check_texts, read_checkpoint, find_clip   what ReCLIP needs for names and files
     strong_classes, segment         a mask of pixels from the logits of patches
     mask_guided_loss, feature_guided_loss, text_guided_loss, distillation_loss   Eq. (6)-(8)
     RECIPES, PROMPTS                how the authors run CLIP; the 85 templates of the Query
+    tour                            python reclip.py: an image through Eq. (1)-(5), in numbers
 
 Symbols
     B images, C classes, D width of CLIP's joint space; H x W pixels, h x w patches, n = h * w

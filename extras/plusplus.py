@@ -223,9 +223,10 @@ def label_by_windows(model, split, settings, side, path, workers=0):
 
 # --- Hyper-parameters -----------------------------------------------------------------------------
 
-# What ReCLIP++ changes in the recipe 2025; released, but for "own" and "shapes". label_window is
-# the side of the windows in pixels, a sixth of the crop; 0: no windows, the labels are ReCLIP's.
-# denoise is a threshold of softmax(10 M'), where ReCLIP has softmax(100 M).
+# What ReCLIP++ changes in the recipe 2025; released, but for "shapes" and "own" (images of your own
+# and entries of your own). label_window is the side of the windows in pixels, a sixth of the crop;
+# 0: no windows, the labels are ReCLIP's. denoise is a threshold of softmax(10 M'), where ReCLIP has
+# softmax(100 M).
 PLUSPLUS = {
     "voc": {"label_window": 56, "denoise": 1.0},
     "context": {"label_window": 80, "denoise": 0.85},
@@ -344,6 +345,9 @@ def parse_arguments(argv=None):
     if args.evaluate and args.data not in DATA:
         raise ValueError(f"--evaluate needs labels, which {args.data} has not: give --data "
                          f"{', '.join(DATA)}")
+    if args.checkpoint and not (args.evaluate or args.images):
+        raise ValueError("--checkpoint goes with --evaluate and --images; a training writes "
+                         "<out>/reclip++.pt")
     if args.workers is None:
         args.workers = 4 if args.device.startswith("cuda") else 0
 

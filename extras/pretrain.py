@@ -283,7 +283,8 @@ def learn_merges(words):
 def initialize(clip):
     """OpenAI's initialization of the text tower, for both towers, with biases 0 (ours).
 
-    Fills the weights of a CLIP in place. -> the CLIP
+    Fills a new CLIP in place; its first convolution, layer norms and logit scale stay as they came.
+    -> the CLIP
     """
     for tower in (clip.visual.transformer, clip.transformer):
         width = tower.resblocks[0].ln_1.weight.numel()

@@ -133,9 +133,7 @@ def depth(name, u, v):
         return 0.8 + 0.2 * np.cos(6 * phi) - rho
     if name == "bee":  # an ellipse, 0.65 as high as wide
         return 1 - np.hypot(u, v / 0.65)
-    if name == "beetle":  # a rounder ellipse
-        return 1 - np.hypot(u, v / 0.75)
-    raise ValueError(f"{name} is none of {', '.join(SHAPES_CLASSES)}")
+    return 1 - np.hypot(u, v / 0.75)  # beetle: a rounder ellipse
 
 
 def is_dark(name, u, v):
@@ -247,8 +245,8 @@ class Shapes:
 
     def image(self, i):
         """uint8 (3, 64, 64)"""
-        return torch.from_numpy(target_scene(self.seed, i)[0])
+        return torch.from_numpy(target_scene(self.seed, i)[0].copy())
 
     def truth(self, i):
         """uint8 (64, 64)"""
-        return torch.from_numpy(target_scene(self.seed, i)[1])
+        return torch.from_numpy(target_scene(self.seed, i)[1].copy())

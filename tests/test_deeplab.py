@@ -121,7 +121,9 @@ def test_no_weight_of_a_backbone_may_be_missing(tmp_path):
     state = tiny().backbone.state_dict()
     del state["4.conv1.weight"]
 
-    for content, words in ((state, "4.conv1.weight"), ({"state_dict": state}, "0.weight"), ([], "")):
+    for content, words in (
+        (state, "4.conv1.weight"), ({"state_dict": state}, "0.weight"), ([], "")
+    ):
         torch.save(content, tmp_path / "trained.pth")
         with pytest.raises(ValueError, match=f"does not hold the weights of tiny.*{words}"):
             tiny(backbone_weights=tmp_path / "trained.pth")

@@ -58,6 +58,7 @@ EVALUATE = "eval.py --device cpu --checkpoint"
     (f"eval.py --stage clip --recipe cvpr2024 {CPU}", "shapes has 2025 alone"),
     ("eval.py --split train", "--split train: shapes has val, test"),
     ("extras/plusplus.py --evaluate --data photos", "--evaluate needs labels"),
+    ("extras/plusplus.py --checkpoint a.pt", "--checkpoint goes with --evaluate and --images"),
     ("extras/plusplus.py --evaluate --split train", "--split train: shapes has val, test"),
     ("extras/paper.py --recipe cvpr2024", "recipe is 'cvpr2024'; shapes has 2025 alone"),
 
@@ -78,7 +79,7 @@ EVALUATE = "eval.py --device cpu --checkpoint"
     (f"{RECTIFY} --classes '{90 * 'x'}, dog'", "tokens does not fit into 77"),
     ("eval.py --data photos", "your own images have no truth to evaluate on: --images draws their"),
     ("eval.py --stage clip --images photos", "--images needs --classes 'cat, dog'"),
-    ("eval.py --images nowhere", "nowhere is neither an image nor a folder of images"),
+    ("eval.py --images nowhere", "nowhere does not exist"),
     ("eval.py --images broken", "broken holds no readable image (.bmp, .gif, .jpg, .jpeg, .png,"),
 
     # A data set that is not there, or lies elsewhere
