@@ -164,7 +164,6 @@ class DataSet:
     ignored_values: tuple = (0, 255)  # pixels that are not evaluated (unless a class has the
                                       # value); a value of neither list is an error
     split_folders: dict = field(default_factory=dict)  # what {} becomes, by split
-    official: dict = field(default_factory=dict)       # split -> number of images, in words
 
     def __post_init__(self):
         if len(self.classes) > 255:
@@ -214,7 +213,6 @@ DATA = {
         annotations="SegmentationClass",
         lists="ImageSets/Segmentation",
         label_values=tuple(range(1, 21)),  # 0: background, 255: void
-        official={"train": "1464", "val": "1449"},
     ),
     "context": DataSet(
         name="context",
@@ -245,7 +243,6 @@ DATA = {
         label_values=tuple(range(1, 60)),
         ignored_values=(0,),  # none of the 59. 255 must stay an error: it occurs only in copies
                               # whose labels start at 0, which would be read shifted by one
-        official={"train": "4996, in the paper 4998", "val": "5104, in the paper 5105"},
     ),
     "ade20k": DataSet(
         name="ade20k",
@@ -274,7 +271,6 @@ DATA = {
         annotations="annotations/{}",
         label_values=tuple(range(1, 151)),
         ignored_values=(0,),  # other; not 255, as above
-        official={"train": "20210", "val": "2000"},
         split_folders={"train": "training", "val": "validation"},
     ),
     # The miniature world. All numbers are ours, chosen on its val split. The cosines of its tiny
@@ -853,8 +849,9 @@ class TrainingStream(Dataset):
         # The transform draws from torch's global generator: it is seeded for this item, and set
         # back afterwards, so that the caller's own random numbers do not notice. Neighboring seeds
         # are 1,000,003 apart: a longer run (ADE20K's) reuses draws of the next one.
+        # (torch.manual_seed would turn to each kind of GPU too, and take longer than the transform.)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + s)
+            torch.default_generator.manual_seed(self.seed * 1_000_003 + s)
             image, valid = self.transform(self.split.image(i))
         return image, valid, self.split.names[i]
 
