@@ -625,9 +625,10 @@ class CLIP(nn.Module):
             position    0   1   2 |  3   4  |    3     4    5     which positional embedding
             owner      -1  -1  -1 |  0   0  |    1     1    1     whose token; -1: the prompt's
 
-        So "plant" reads SOT, v_1, v_2, "potted" and itself. Where each class has a prompt of its
-        own, all of them stand behind SOT, each owned by its class. (A long sequence then: with 150
-        classes and 73 vectors it takes four times as long as texts side by side.)
+        So "plant" reads SOT, v_1, v_2, "potted" and itself, and nothing of the cat. Where each
+        class has a prompt of its own, all of them stand behind SOT, each owned by its class. (A
+        long sequence then: with 150 classes and 73 vectors it takes four times as long as texts
+        side by side.)
         """
         L, E_t = prompt.shape[-2:]
         device = prompt.device

@@ -159,11 +159,13 @@ class DataSet:
     lists: str = ""           # below base: <split>.txt with names; "": all images, sorted by name
     image_suffix: str = ".jpg"       # name + this = file of the image
     annotation_suffix: str = ".png"  # name + this = label file
-    label_values: tuple = ()  # the value that each class has in the label files, in class order;
-                              # any ids: 0, 1, 2, ...; 1, 2, 3, ...; Cityscapes' 7, 8, 11, ...
-    ignored_values: tuple = (0, 255)  # pixels that are not evaluated (unless a class has the
-                                      # value); a value of neither list is an error
     split_folders: dict = field(default_factory=dict)  # what {} becomes, by split
+
+    # The value that each class has in the label files, in class order; any ids: 0, 1, 2, ...; 1, 2,
+    # 3, ...; Cityscapes' 7, 8, 11, ... And the values of pixels that are not evaluated, unless a
+    # class has them. A value of neither list is an error.
+    label_values: tuple = ()
+    ignored_values: tuple = (0, 255)
 
     def __post_init__(self):
         if len(self.classes) > 255:
@@ -700,7 +702,7 @@ def resize_within(image, long_side, short_side, antialias):
 
 
 def to_float(image):
-    """uint8, or float in [0, 1] (a little beyond, after resizing) -> float32 in [0, 1].
+    """uint8, or float in [0, 1] (a little beyond, after resizing) -> float32 in the same range.
 
     ValueError: other values, which would come out black or burnt.
     """
@@ -847,9 +849,9 @@ class TrainingStream(Dataset):
         i = int(self._order[place])
 
         # The transform draws from torch's global generator: it is seeded for this item, and set
-        # back afterwards, so that the caller's own random numbers do not notice. Neighboring seeds
-        # are 1,000,003 apart: a longer run (ADE20K's) reuses draws of the next one.
-        # (torch.manual_seed would turn to each kind of GPU too, and take longer than the transform.)
+        # back afterwards, so that the caller's own random numbers do not notice. (torch.manual_seed
+        # would turn to each kind of GPU too, and take longer than the transform. A run of more than
+        # 1,000,003 items, ADE20K's, shares draws with the next seed.)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed * 1_000_003 + s)
             image, valid = self.transform(self.split.image(i))

@@ -432,9 +432,7 @@ class DeepLabV2(nn.Module):
         """Logits or features on cells -> on pixels: (B, any, h, w) -> (B, any, height, width)."""
         # The last cells may reach over the image's edge (h * s >= H). So the grid is enlarged by
         # the stride exactly, bilinearly, and what lies over the edge cut off. Squeezing the whole
-        # grid into the image would shift every outline. (A ResNet's cell i is centered on pixel
-        # s * i, almost half a cell before the middle of where it is drawn; training through this
-        # function teaches the convolutions to make up for it.)
+        # grid into the image would shift every outline.
         h, w = grid.shape[-2:]
         stride = self.output_stride
         if (h, w) != (math.ceil(height / stride), math.ceil(width / stride)):

@@ -416,11 +416,13 @@ def draw_examples(columns, dataset, split, count=6, among=100):
     candidates = range(min(among, len(split)))
     difference = {i: 0.0 for i in candidates}  # of each image, the share of its pixels
     if len(columns) > 1:
+        progress = Progress("choose examples", len(candidates))
         for i in candidates:
             first = mask_of(columns[0][0], i)
             last = mask_of(columns[-1][0], i)
             differs = (first != last) & (split.truth(i) != IGNORE)      # (H0, W0) bool
             difference[i] = differs.float().mean().item()
+            progress(i + 1)
 
     # Images that differ alike stay in their order.
     chosen = sorted(candidates, key=difference.get, reverse=True)[:count]
@@ -634,7 +636,7 @@ def make_parser():
     add("--clip",
         help=f"{', '.join(MODELS)}, or a weights file (default: the checkpoint's, the data set's)")
     add("--exact-gelu", action="store_true",
-        help="the file of --clip was trained with GELU, not OpenAI's QuickGELU")
+        help="the file of --clip was trained with GELU (LAION's), not OpenAI's QuickGELU")
     add("--prompts", type=Path,
         help="with --stage clip: file with templates of the Query, one a line, {} for the name "
         "(default: the data set's)")
@@ -668,6 +670,8 @@ def parse_arguments(argv=None):
     for name in ("classes", "background_threshold", "probabilities"):
         if getattr(args, name) and not args.images:
             raise ValueError(f"--{name.replace('_', '-')} goes with --images")
+    if args.exact_gelu and not args.clip:
+        raise ValueError("--exact-gelu speaks of the file of --clip: give both")
     if args.split and args.images:
         raise ValueError("--split goes with a data set, not with --images")
 

@@ -36,11 +36,12 @@ Symbols
     M_p  positional logits  (1, C, h, w)   the same for all images; (1, 1, h, w) with one channel
     (The paper writes n x C for one image. We keep the grid, h x w = n, and the batch.)
 
-Cosines lie too close together for a softmax. So they are divided by a temperature (values: VOC's):
-    tau_1     0.001    Eq. (4)     a patch takes its best class, and noise decides only near ties
-    tau       0.01     Eq. (5)     CLIP's own temperature, 1 / exp(logit_scale)
-    mask_tau  0.01     Eq. (6)     tau once more, for the student's logits at each pixel
-    1 / scale 0.01     evaluation  where a probability is asked for: softmax(scale * M), scale 100
+Cosines lie too close together for a softmax. So they are divided by a temperature (here with the
+values of OpenAI's CLIP):
+    in Eq. (4)     tau_1     0.001    a patch takes its best class, noise decides only near ties
+    in Eq. (5)     tau       0.01     CLIP's own temperature, 1 / exp(logit_scale)
+    in Eq. (6)     mask_tau  0.01     tau once more, for the student's logits at each pixel
+    in evaluation  1 / 100            for probabilities: softmax(scale * M) with scale = 100
 
 Copied elsewhere (with clip_model.py), it is used like this:
     model = ReCLIP(load_clip("ViT-B/16"), ["cat", "dog", "grass"])
@@ -127,9 +128,9 @@ class ReferencePrompt(nn.Module):
     """Eq. (1): R_i = [v_1][v_2]...[v_L][CLS_i], with the same L learnable vectors for all classes.
 
     clip -> W_r (C, D). On the patches of a cow CLIP's logit for "dog" may be too high (Fig. 1b).
-    M_r = Z . W_r learns that excess, of each class and on each kind of patch, and M_q - M_r is free
-    of it. W_r is not a free C x D matrix but comes from texts: so it stays among the directions
-    that CLIP's text encoder can make, and L vectors are all that is learnt.
+    M_r = Z . W_r is to learn that excess, of each class and on each kind of patch, so that
+    M_q - M_r is free of it. W_r is not a free C x D matrix but comes from texts: so it stays among
+    the directions that CLIP's text encoder can make, and L vectors are all that is learnt.
 
     class_names: the Reference reads the first synonym only, the Query all of them. For a bias one
         text per class is enough, since the vectors before it are learnt.
@@ -139,9 +140,9 @@ class ReferencePrompt(nn.Module):
         whole C x D matrix: a row has length about 1 / sqrt(C), and M_r is a mild correction to M_q.
         "class" gives each row length 1: M_r is then as large as M_q itself.
     prompt_per_class: True gives each class L vectors of its own (ours; CoOp's class-specific
-        contexts). The paper shares them "for efficiency". A small text encoder makes nearly the
-        same of one prompt before every name: it moves all rows of W_r by the same vector, and a
-        logit that all classes share changes no mask.
+        contexts). The paper shares them "for efficiency". But with a small text encoder one prompt
+        moves all rows of W_r by nearly the same vector, and a logit that all classes share changes
+        no mask. So shapes has it.
     cut_names: for the files that the authors published; see cut_ending.
     """
 
@@ -191,6 +192,8 @@ class ReferencePrompt(nn.Module):
 class PositionalBias(nn.Module):
     """Sec. 3.3: three 3x3 convolutions with batch norm, p (1, E_v, h, w) -> M_p (1, C, h, w).
 
+    (The paper says no more of the net; the ReLUs between and the widths are as released.)
+
     CLIP is better at the center of an image than near its border (Fig. 1a): presumably because
     people photograph what they name, and put it there. What CLIP is told of places is its
     positional embedding p. So a function of p can say how CLIP leans at each place, and as p is no
@@ -202,11 +205,11 @@ class PositionalBias(nn.Module):
         paper's version.
     last_relu: released: a ReLU after the last batch norm too, hence M_p >= 0. (The paper ends with
         the batch norm.)
-    gain: fixed factor on the output (ours; 1, as in the paper, on the benchmarks). After a batch
-        norm and a ReLU M_p starts with a spread of 0.6, more than the cosines of different classes
-        differ by (0.02 in OpenAI's CLIP, 0.2 in that of shapes): at first M_p decides the masks.
-        The paper's long trainings tame it. In a short one a small factor makes M_p start small and,
-        since gradients carry it too, move calmly (datasets.own_images has numbers).
+    gain: fixed factor on the output (ours; 1, as in the paper, on the benchmarks). By its batch
+        norm M_p starts with a spread of 0.6, while cosines of different classes differ by 0.02 (in
+        OpenAI's CLIP): at first M_p decides the masks. The paper's long trainings shrink it. For a
+        short one a small gain lets it start small and, since gradients carry the gain too, move
+        calmly (datasets.own_images has numbers).
     """
 
     def __init__(self, width, channels, last_relu=True, gain=1.0):
@@ -438,17 +441,26 @@ class ReCLIP(nn.Module):
         self.query = None
         self.reference = None
         self.positional = None
-        of_prompt = (options.prompt_per_class, options.cut_names)
         if options.query_learnable:
             # Table 3: a second prompt, in the place of the Query's. Its rows have length 1 (those
             # of W_r are shorter). Eq. (5) still compares with CLIP's own W_q (ours): a loss that
             # could move its own targets would have a trivial minimum.
             self.query = ReferencePrompt(
-                clip, class_names, options.prompt_length, "class", *of_prompt
+                clip,
+                class_names,
+                options.prompt_length,
+                norm="class",
+                prompt_per_class=options.prompt_per_class,
+                cut_names=options.cut_names,
             )
         if options.prompt_length:
             self.reference = ReferencePrompt(
-                clip, class_names, options.prompt_length, options.reference_norm, *of_prompt
+                clip,
+                class_names,
+                options.prompt_length,
+                norm=options.reference_norm,
+                prompt_per_class=options.prompt_per_class,
+                cut_names=options.cut_names,
             )
         channels = options.positional_channels
         if channels is None:
@@ -756,8 +768,8 @@ def segment(
     H, W = image_size
     padded_size = [side * output_stride for side in logits.shape[2:]]
     mask = torch.zeros(mask_size, dtype=torch.uint8, device=logits.device)
-    best = logits.new_full(mask_size, -torch.inf)                       # best logit so far
-    total = best.clone()                                                # log of the sum of exp
+    best = logits.new_full(mask_size, -torch.inf)   # (H0, W0), the logit of the class in `mask`
+    total = best.clone()                            # (H0, W0), log sum_c exp(scale * M_c) so far
     for c in range(logits.shape[1]):
         pixels = F.interpolate(logits[:, c:c + 1], size=padded_size, mode="bilinear")
         pixels = pixels[..., :H, :W]                                    # (1, 1, H, W)
@@ -765,7 +777,7 @@ def segment(
 
         if background:
             total = total.logaddexp(scale * pixels)  # dropped classes keep their share
-        pixels = torch.where(kept[c], pixels, -torch.inf)
+        pixels = torch.where(kept[c], pixels, -torch.inf)  # a dropped class wins nowhere
         mask[pixels > best] = c
         best = best.maximum(pixels)
 

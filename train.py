@@ -113,7 +113,8 @@ def train_rectification(model, split, labels, settings, run):
         # All that is random in a step, the noise of Eq. (4), follows from its number.
         torch.manual_seed(run.noise_seed(step))
 
-        # Sec. 4.1: poly decay, once an epoch, as released.
+        # Sec. 4.1: poly decay, once an epoch, as released. (Its horizon may lie behind the end of
+        # the training: recipe 2025.)
         lr = poly_learning_rate(
             settings.lr, run.epoch(step), settings.rectify_poly_epochs, settings.poly_power
         )
@@ -253,7 +254,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
 
 # --- Hyper-parameters -----------------------------------------------------------------------------
 
-EACH = dataclasses.MISSING  # no default: each data set's entry has its own
+REQUIRED = dataclasses.MISSING  # no default: each entry of datasets.DATA gives it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +265,9 @@ class Settings:
     data sets: see the entries of datasets.DATA.
     """
     # Rectification, Sec. 3.1-3.4
-    rectify_epochs: int = option(EACH, "epochs of rectification")
+    rectify_epochs: int = option(REQUIRED, "epochs of rectification")
     rectify_poly_epochs: int = option(
-        EACH, "the learning rate falls as if training ended, at 0, after so many epochs")
+        REQUIRED, "the learning rate falls as if training ended, at 0, after so many epochs")
     rectify_batch: int = option(1, "images a step (released)")
     lr: float = option(0.01, "learning rate of SGD (Sec. 4.1)")
     momentum: float = option(0.9, "momentum of SGD (released)")
@@ -275,8 +276,8 @@ class Settings:
         0.9, "learning rate = lr * (1 - epoch / rectify_poly_epochs) ** poly_power; of the student "
         "likewise, over distill_epochs (Sec. 4.1)")
     threshold: float = option(
-        EACH, "an image holds a class if 100 * cosine reaches it (t of Sec. 3.4)")
-    top_k: int = option(EACH, "image-level labels where no class passes the threshold")
+        REQUIRED, "an image holds a class if 100 * cosine reaches it (t of Sec. 3.4)")
+    top_k: int = option(REQUIRED, "image-level labels where no class passes the threshold")
 
     # Distillation, Sec. 3.5
     student: str = option(
@@ -285,7 +286,7 @@ class Settings:
     head: str = option("query_reference", "head of the student, Table 6", HEADS)
     backbone_weights: str = option(
         "imagenet", "start of the backbone: imagenet (ours), a file, or none")
-    distill_epochs: int = option(EACH, "epochs of distillation")
+    distill_epochs: int = option(REQUIRED, "epochs of distillation")
     distill_batch: int = option(16, "images a step (released)")
     distill_lr: float = option(0.01, "learning rate of SGD (Sec. 4.1), poly over all epochs")
     distill_lr_floor: float = option(1e-4, "the learning rate never falls below (released)")
@@ -294,16 +295,17 @@ class Settings:
     alpha: float = option(0.5, "weight of the feature-guided loss, Eq. (8) (Sec. 3.5)")
     beta: float = option(0.5, "weight of the text-guided loss, Eq. (8) (Sec. 3.5)")
 
-    # Images, Sec. 4.1. In training an image is resized, smaller or larger, to the largest size
-    # within r times the two sides, with r drawn from resize_from .. resize_to; then it is cropped.
-    # Evaluation resizes it likewise, with r = 1.
-    rectify_long_side: int = option(EACH, "rectification: longer side at r = 1, pixels")
-    rectify_short_side: int = option(EACH, "rectification: shorter side at r = 1, pixels")
+    # Images, Sec. 4.1. In training an image is resized, its ratio kept, to the largest size that
+    # fits into r * long side by r * short side, with r drawn from resize_from .. resize_to; then it
+    # is cropped. Evaluation resizes it likewise, with r = 1.
+    rectify_long_side: int = option(REQUIRED, "rectification: longer side at r = 1, pixels")
+    rectify_short_side: int = option(REQUIRED, "rectification: shorter side at r = 1, pixels")
     crop: int = option(
-        EACH, "rectification: side of the crop, pixels; 0: whole images, all of one size (ours)")
-    distill_long_side: int = option(EACH, "distillation: longer side at r = 1, pixels")
-    distill_short_side: int = option(EACH, "distillation: shorter side at r = 1, pixels")
-    distill_crop: int = option(EACH, "distillation: as crop")
+        REQUIRED,
+        "rectification: side of the crop, pixels; 0: whole images, all of one size (ours)")
+    distill_long_side: int = option(REQUIRED, "distillation: longer side at r = 1, pixels")
+    distill_short_side: int = option(REQUIRED, "distillation: shorter side at r = 1, pixels")
+    distill_crop: int = option(REQUIRED, "distillation: as crop")
     resize_from: float = option(0.5, "least r (released)")
     resize_to: float = option(2.0, "largest r (released)")
     flip: bool = option(True, "random horizontal flip (Sec. 4.1)")
@@ -311,7 +313,7 @@ class Settings:
 
     # Evaluation of the rectified CLIP; a student is evaluated without (released)
     denoise: float = option(
-        EACH, "a class that reaches this probability nowhere in an image is dropped; 0: off")
+        REQUIRED, "a class that reaches this probability nowhere in an image is dropped; 0: off")
 
     def __post_init__(self):
         if self.rectify_epochs > self.rectify_poly_epochs:
@@ -473,7 +475,8 @@ def label_training_set(model, split, settings, path, workers=0):
 
     They come from CLIP alone and never change, so they are made once and kept in `path` by
     image name (the released code pairs them by line number with an unsorted directory listing).
-    A file that was made from something else is made anew.
+    A file that was made from something else is made anew. (How they are found stands apart from how
+    they are kept: extras/plusplus.py finds them in another way.)
     """
     how = {"threshold": settings.threshold, "top_k": settings.top_k}
     find = partial(find_in_thumbnails, model, split, settings, workers)
@@ -630,8 +633,12 @@ class Run:
     def earlier_step(self):
         """What does the checkpoint that is there mean for this training? -> its first step
 
-        With --resume it is loaded, if it is of the same training. Without, it is replaced; but not
-        if it is the end of another one. (A file that train.py did not write counts as an end.)
+            of the same training, --resume          it is loaded
+            of another training, --resume           refused
+            the end of another training             refused
+            any other                               it is replaced: the training begins anew
+
+        (A file that train.py did not write counts as the end of another.)
         """
         content = read_checkpoint(self.checkpoint)
         training = content.get("training") or {"identity": {}, "step": 0, "steps": 0}
@@ -803,7 +810,7 @@ def make_parser():
         help="folder that holds VOCdevkit/ or ADEChallengeData2016/ (default: data)")
     add("--clip", help=f"{', '.join(MODELS)}, or a weights file (default: the data set's)")
     add("--exact-gelu", action="store_true",
-        help="the CLIP was trained with the exact GELU (LAION's), not with OpenAI's")
+        help="the file of --clip was trained with GELU (LAION's), not OpenAI's QuickGELU")
     add("--prompts", type=Path,
         help="file with templates of the Query, one a line, {} for the name (default: the data "
         "set's)")
@@ -824,7 +831,6 @@ def make_parser():
     add("--threads", type=int,
         help="of the CPU (default: 2 on shapes, else torch's own); sums depend on it, so that a "
         "training is resumed with as many")
-    add("--split", help="split of the table of --stage all (default: test of shapes, else val)")
 
     # Every hyper-parameter is an option too. None means: not given, so the data set's own.
     group = parser.add_argument_group("hyper-parameters", "defaults in brackets, by data set")
@@ -840,7 +846,7 @@ def make_parser():
 def describe(field):
     """Help of a hyper-parameter: what it is, where it is from, its default and the data sets'."""
     shown = []
-    if field.default is not EACH:
+    if field.default is not REQUIRED:
         shown.append(str(field.default))
     for dataset in (*DATA.values(), own_images("your own images", ("one", "two"))):
         for recipe in dataset.recipes:
@@ -853,13 +859,16 @@ def describe(field):
 def parse_arguments(argv=None):
     """The command line -> (args, DataSet, Options, Settings). ValueError: it does not fit."""
     args = make_parser().parse_args(argv)
-    stages_of = {"teacher": ["distill"], "split": ["all"]}
+    stages_of = {"teacher": ["distill"]}
     for name in ("prompts", *(field.name for field in dataclasses.fields(Options))):
         stages_of[name] = ["rectify", "all"]  # a student has its teacher's
     for name, stages in stages_of.items():
         if getattr(args, name) is not None and args.stage not in stages:
             raise ValueError(f"--{name.replace('_', '-')} goes with --stage "
                              f"{' or '.join(stages)} alone")
+
+    if args.exact_gelu and not args.clip:
+        raise ValueError("--exact-gelu speaks of the file of --clip: give both")
 
     dataset = find_dataset(args.data, args.classes)
     if args.prompts:
@@ -949,7 +958,7 @@ def main(argv=None):
 
     split = open_split(args.data, args.root, "train")
     if args.stage == "all":
-        split_name = args.split or dataset.splits[-1]
+        split_name = dataset.splits[-1]  # test of shapes, else val
         labelled = open_split(args.data, args.root, split_name)
         if dataset.annotations and not labelled.annotation_paths[0].is_file():
             raise FileNotFoundError(f"{labelled.annotation_paths[0]} is missing: --stage all "

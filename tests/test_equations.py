@@ -2,7 +2,7 @@
 
 Read it beside Sec. 3 of the paper. A test computes a few numbers with loops over classes, patches
 and pixels, as slowly as the equation is written, and asks reclip.py for the same. The two encoders
-of CLIP come from reference.py. Sizes differ from each other (B = 2, C = 4, D = 5; h = 3, w = 4),
+of CLIP come from reference.py. Sizes differ from each other (B = 2, C = 4, D = 5; h = 3, w = 6),
 so that no two axes can be mistaken.
 """
 
@@ -36,7 +36,7 @@ from reclip import (
     text_guided_loss,
 )
 
-B, C, D, h, w = 2, 4, 5, 3, 4
+B, C, D, h, w = 2, 4, 5, 3, 6
 
 
 def numbers(*shape):

@@ -561,7 +561,9 @@ def test_each_hyper_parameter_is_an_option_and_changes_nothing_else(words, name,
     assert hyper_parameters_of("--data", "voc", *words) == ordinary | {name: value}
 
 
-@pytest.mark.parametrize("words, quick_gelu", [([], True), (["--exact-gelu"], False)])
+@pytest.mark.parametrize("words, quick_gelu", [
+    ([], True), (["--clip", "its.pt", "--exact-gelu"], False),
+])
 def test_the_command_line_says_which_gelu_a_clip_has(monkeypatch, tmp_path, words, quick_gelu):
     asked = []
     monkeypatch.setattr(train, "load_clip", lambda *arguments: asked.append(arguments) or 1 / 0)
