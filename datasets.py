@@ -399,22 +399,6 @@ def read_lines(path):
     return lines
 
 
-def read_prompts(path):
-    """Reads templates of the Query from a file (read_lines), with {} for the class name.
-
-    Errors: ValueError for no template, or a line that has not {} once.
-    """
-    prompts = read_lines(path)
-    for prompt in prompts:
-        if prompt.count("{}") != 1 or prompt.count("{") + prompt.count("}") != 2:
-            raise ValueError(f"the prompt '{prompt}' of {path} must have {{}} once, where the "
-                             "class name goes, and no other braces")
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt: write templates, one a line, such as "
-                         "'a photo of a {}.'")
-    return tuple(prompts)
-
-
 # --- Splits on disk -------------------------------------------------------------------------------
 
 def open_split(data, root, split):

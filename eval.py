@@ -58,7 +58,7 @@ from datasets import (
     own_images,
     read_classes,
     read_image,
-    read_prompts,
+    read_lines,
     resize_within,
     to_float,
     to_rgb,
@@ -705,7 +705,7 @@ def find_dataset(args):
         raise ValueError(f"--data {args.data} is none of {', '.join(DATA)}; your own images have "
                          "no truth to evaluate on: --images draws their masks")
     if args.prompts:
-        dataset = replace(dataset, prompts=read_prompts(args.prompts))
+        dataset = replace(dataset, prompts=tuple(read_lines(args.prompts)))
     return dataset
 
 

@@ -652,23 +652,17 @@ class ReCLIP(nn.Module):
 
 
 def check_texts(class_names, prompts):
-    """ValueError unless class_names and prompts are lists that can be meant.
-
-    A string would be taken apart into letters. Two names or more, no name empty, none there twice.
+    """ValueError unless both are lists (a string would be taken apart into letters), and each
+    prompt has its place for the name. prompts: None for PROMPTS.
     """
-    names = []
-    if not isinstance(class_names, str):
-        for entry in class_names:
-            names += [name.strip().lower() for name in entry.split("|")]
-    repeated = len(set(names)) < len(names)
-    if isinstance(class_names, str) or len(class_names) < 2 or repeated or "" in names:
-        raise ValueError("class names must be a list of two or more, all different, none empty: "
+    if isinstance(class_names, str):
+        raise ValueError("class names must be a list, such as ['cat', 'dog | puppy']: "
                          f"{class_names}")
     if prompts is None:
         return
-    if isinstance(prompts, str) or not prompts or not all("{}" in text for text in prompts):
-        raise ValueError("prompts must be a list of templates with {} for the name, such as "
-                         f"['a photo of a {{}}.']: {prompts}")
+    if isinstance(prompts, str) or not prompts or any(text.count("{}") != 1 for text in prompts):
+        raise ValueError("prompts must be a list of templates, each with {} once for the name, "
+                         f"such as ['a photo of a {{}}.']: {prompts}")
 
 
 def read_checkpoint(path, stage=None):

@@ -59,7 +59,7 @@ from datasets import (
     open_split,
     own_images,
     read_classes,
-    read_prompts,
+    read_lines,
     resize_within,
     to_float,
 )
@@ -872,7 +872,7 @@ def parse_arguments(argv=None):
 
     dataset = find_dataset(args.data, args.classes)
     if args.prompts:
-        dataset = dataclasses.replace(dataset, prompts=read_prompts(args.prompts))
+        dataset = dataclasses.replace(dataset, prompts=tuple(read_lines(args.prompts)))
     if args.stage == "all" and not dataset.splits:
         raise ValueError(f"--stage all evaluates, and {args.data} has no labels: use "
                          "--stage rectify or distill")

@@ -39,7 +39,7 @@ from datasets import (
     open_split,
     read_classes,
     read_image,
-    read_prompts,
+    read_lines,
     resize_within,
     size_within,
     to_float,
@@ -123,7 +123,7 @@ def test_a_text_file_gives_whole_names(tmp_path, content):
     "cat\ndog\n".encode("utf-16"),
     "cat\ndog\n".encode("utf-16-le"),   # without its mark
 ], ids=["latin-1", "shift_jis", "utf-16", "utf-16 without a mark"])
-@pytest.mark.parametrize("read", [read_classes, read_prompts])
+@pytest.mark.parametrize("read", [read_classes, read_lines])
 def test_a_text_file_of_another_encoding_is_refused_by_name(tmp_path, read, content):
     path = tmp_path / "names.txt"
     path.write_bytes(content)
@@ -138,7 +138,7 @@ def test_prompts_are_lines_with_one_place_for_the_name(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeff# of mine\r\na photo of a {}.\r\n\r\n{} in snow\r\n".encode())
 
-    assert read_prompts(path) == ("a photo of a {}.", "{} in snow")
+    assert read_lines(path) == ["a photo of a {}.", "{} in snow"]
 
 
 def test_names_in_any_script_are_trained_on_where_a_terminal_cannot_print_them(
