@@ -158,7 +158,7 @@ class ReferencePrompt(nn.Module):
         super().__init__()
         self.norm = norm
 
-        # What follows the prompt in the text of each class: its name and EOT, which is read.
+        # What follows the prompt in the text of each class: its name, and EOT, where it is read.
         tokenizer = clip.tokenizer_or_default()
         names = [tokenizer.encode(name.split("|")[0]) for name in class_names]
         self.endings = [[*name, clip.eot] for name in names]            # C lists of token ids
@@ -245,9 +245,9 @@ def bias_logits(reference_logits, positional_logits):
 def rectify_logits(query_logits, bias, subtract=True):
     """Eq. (3): M = M_q - M_b, all (B, C, h, w): what CLIP says, minus what it would say anyway.
 
-    subtract: False adds M_b instead (Table 5). That is another model, not the same one with another
-        sign: W_r must come from texts, and with its last ReLU M_p is never below 0. The paper
-        measures minus to be better, and speculates that it is the better prior.
+    subtract: False adds M_b instead (Table 5). The two are not equivalent: W_r must come from
+        texts, and with its last ReLU M_p is never below 0, so neither can just change its sign. The
+        paper measures minus to be better, and speculates that it is the better prior.
     """
     if subtract:
         return query_logits - bias
@@ -397,6 +397,8 @@ class ReCLIP(nn.Module):
     protocol: how evaluation shows it images, kept in the checkpoint for eval.py: {"long_side": ..,
         "short_side": .., "antialias": .., "denoise": ..}.
     options: fields of Options, by name: ReCLIP(clip, names, tau_1=0.01).
+
+    In eval mode W_q, W_r and M_p are made once: after a change by hand, call eval() again.
     """
     stage = "rectify"  # in the checkpoint: what kind of file it is
 
@@ -581,7 +583,10 @@ class ReCLIP(nn.Module):
         return {key: value for key, value in state.items() if not key.startswith(FROZEN)}
 
     def load_state_dict(self, state, strict=True, assign=False):
-        """As in every module; CLIP's weights may be left out, as `learnt` does."""
+        """As in every module, but CLIP's weights may be left out, as `learnt` does.
+
+        They are put in from here, so that `strict` still misses what was learnt.
+        """
         own = self.state_dict()
         frozen = {key: value for key, value in own.items() if key.startswith(FROZEN)}
         result = super().load_state_dict(frozen | dict(state), strict, assign)
@@ -719,7 +724,7 @@ def strong_classes(logits, threshold, scale=100.0):
     # In fp32: ReCLIP++'s threshold on VOC is 1.0, which a probability reaches only by rounding.
     best = (scale * logits.float()).softmax(1).amax((0, 2, 3))          # (C,)
     kept = best >= threshold
-    return kept | ~kept.any()
+    return kept | ~kept.any()  # all, if none is kept
 
 
 def segment(
@@ -830,7 +835,7 @@ def feature_guided_loss(Z, Z_student, valid, to_pixels, student_to_pixels):
     # An L1 norm is a sum over channels, so groups of channels may be added. Of a cosine, an L2
     # norm or anything else that couples channels this is not true: such a loss needs all D at once.
     def of_some_channels(Z, Z_student):
-        # channels last: the same numbers, but a CPU enlarges them more than twice as fast
+        # channels last: the same but for rounding, and a CPU enlarges it more than twice as fast
         Z = Z.contiguous(memory_format=torch.channels_last)
         Z_student = Z_student.contiguous(memory_format=torch.channels_last)
         difference = student_to_pixels(Z_student, H, W) - to_pixels(Z, H, W)  # (B, channels, H, W)

@@ -41,7 +41,7 @@ from pathlib import Path
 from zlib import crc32
 
 # OpenMP's threads wait for each other by spinning, and stall where another program needs a core: a
-# step of shapes took 2 s in place of 0.1. Here they soon sleep. (Read when torch is imported.)
+# step of shapes took 2 s in place of 0.1. Here they soon sleep. (To be set before torch's import.)
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
@@ -183,7 +183,7 @@ def train_distillation(teacher, student, split, labels, settings, run):
         mask_tau = 1.0 if settings.head == "original" else teacher.tau
 
     student.train()
-    student.to(memory_format=torch.channels_last)  # the same numbers, faster convolutions
+    student.to(memory_format=torch.channels_last)  # the same but for rounding, and faster
     identity = identity_of(teacher, split, labels, settings, run)
     identity["teacher"] = tensors_sha256(teacher.learnt())
     run.begin(student, optimizer, settings.distill_epochs, settings.distill_batch, stream, identity)
@@ -267,7 +267,8 @@ class Settings:
     # Rectification, Sec. 3.1-3.4
     rectify_epochs: int = option(REQUIRED, "epochs of rectification")
     rectify_poly_epochs: int = option(
-        REQUIRED, "the learning rate falls as if training ended, at 0, after so many epochs")
+        REQUIRED,
+        "the learning rate would reach 0 after so many epochs; rectify_epochs may be fewer")
     rectify_batch: int = option(1, "images a step (released)")
     lr: float = option(0.01, "learning rate of SGD (Sec. 4.1)")
     momentum: float = option(0.9, "momentum of SGD (released)")
@@ -362,8 +363,8 @@ def training_stream(split, model, crop, settings, seed):
 def frozen_features(model, stream, device):
     """-> function (images, valid, names) -> Z (B, D, h, w), the features of Sec. 3.1.
 
-    CLIP is frozen, so an image that is never augmented (shapes) has features that never change:
-    they are computed once, here, and found by name.
+    It is model.features(images, valid). But CLIP is frozen, so an image that is never augmented
+    (shapes) has features that never change: those are computed once, here, and found by name.
     """
     if stream.transform.changes:
         return lambda images, valid, names: model.features(images, valid)
@@ -555,8 +556,8 @@ def print_label_histogram(found, class_names):
 def identity_of(model, split, labels, settings, run):
     """{name: value}: what must not differ when a training is resumed.
 
-    All hyper-parameters are in it, those of the other stage too: so nobody has to tell which count
-    (and stage 1 is not resumed with another --distill-lr).
+    All hyper-parameters are in it, those of the other stage too: so nobody has to decide which of
+    them matter (and stage 1 is not resumed with another --distill-lr).
     """
     identity = dataclasses.asdict(model.options) | dataclasses.asdict(settings)
     classes_found = [(name, row.nonzero().tolist()) for name, row in labels.items()]
@@ -624,7 +625,8 @@ class Run:
             self.first = self.earlier_step()
         elif self.resume and self.rank == 0:
             print(f"there is no {self.checkpoint} to go on with: the training begins")
-        self.rows = []  # of the log, since the last save
+        self.rows = []       # of the log, since the last save
+        self.columns = None  # of the log
         if self.rank == 0:
             self.cut_log()
         self.progress = Progress(self.stage, self.steps, self.first, self.images_per_step)
@@ -636,7 +638,7 @@ class Run:
             of the same training, --resume          it is loaded
             of another training, --resume           refused
             the end of another training             refused
-            any other                               it is replaced: the training begins anew
+            all else, without --resume              it is replaced: the training begins anew
 
         (A file that train.py did not write counts as the end of another.)
         """
@@ -667,6 +669,8 @@ class Run:
         if self.first and self.log_path.is_file():
             with self.log_path.open(newline="", encoding="utf-8") as file:
                 kept = list(csv.reader(file))[:self.first + 1]
+        if kept:
+            self.columns = kept[0]
         with written_atomically(self.log_path) as temporary:
             with temporary.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(kept)
@@ -715,8 +719,13 @@ class Run:
         """A row of the CSV (written with the next save) and the progress line."""
         if self.rank > 0:
             return
-        if step == 0:
-            self.rows.append(["step", *numbers])
+        columns = ["step", *numbers]
+        if self.columns is None:
+            self.columns = columns
+            self.rows.append(columns)
+        if self.columns != columns:
+            raise ValueError(f"{self.log_path} has other columns than {', '.join(columns)}: give "
+                             "another --out, or begin anew with --overwrite")
         self.rows.append([step, *(f"{number:.6g}" for number in numbers.values())])
         shown = "".join(f"{name} {number:.4g}  " for name, number in numbers.items())
         self.progress(step + 1, shown)

@@ -748,6 +748,22 @@ def test_rows_that_the_checkpoint_does_not_know_are_cut_off_the_log(start, tmp_p
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
 
 
+def test_a_log_keeps_its_columns(start, tmp_path, monkeypatch):
+    """A number more, in the code, and --resume: rows would stand under a header of other names."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        effect_at(patch, "contrastive_loss", 7, interrupt)
+        start("rectify", "run")
+
+    log = train.Run.log
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="has other columns than"):
+        patch.setattr(train.Run, "log", lambda *step, **more: log(*step, **more, share=0.5))
+        start("rectify", "run", resume=True)
+
+    (tmp_path / "run/rectify_log.csv").unlink()  # a lost one begins anew, with its header
+    start("rectify", "run", resume=True)
+    assert [int(row["step"]) for row in log_of(tmp_path / "run")] == list(range(4, 12))
+
+
 def test_resume_with_nothing_there_begins(start, tmp_path):
     start("rectify", "whole")
     start("rectify", "run", resume=True)
