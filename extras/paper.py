@@ -810,9 +810,9 @@ def draw_curves(curves, x, title, x_label):
         for (x_1, y_1), (x_2, y_2) in pairwise(points):
             if not math.isnan(y_1) and not math.isnan(y_2):
                 pen.line([x_1, y_1, x_2, y_2], color, 3)
-        for point in points:
-            if not math.isnan(point[1]):
-                pen.circle(point, radius, color)
+        for a, b in points:
+            if not math.isnan(b):
+                pen.ellipse([a - radius, b - radius, a + radius, b + radius], color)
         radius -= 1.5
     return with_legend(canvas, zip(SERIES, curves))
 

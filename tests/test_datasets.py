@@ -451,7 +451,7 @@ def test_an_image_starts_no_program(tmp_path, monkeypatch):
     ghostscript.write_text(f"#!/bin/sh\ntouch '{tmp_path / 'started'}'\n")
     ghostscript.chmod(0o755)
     monkeypatch.setenv("PATH", f"{ghostscript.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # it is looked for anew
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None, raising=False)  # is looked for anew
     path = tmp_path / "a.jpg"
     path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
     with pytest.raises(OSError):
