@@ -921,8 +921,8 @@ def find_dataset(data, classes):
 def keep_freed_memory():
     """Lets the C library keep what large temporaries leave free, for those of the next step.
 
-    Linux's (glibc) gives it back to the system at once, and takes it anew page by page: a sixth of
-    a step of shapes. Other systems' are left alone.
+    Linux's (glibc) gives it back to the system at once, and takes it anew page by page: 15 % of a
+    step of shapes. Other systems' are left alone.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every Linux has glibc
