@@ -1066,19 +1066,22 @@ def build_clip(state, quick_gelu=True):
     text_width, embed_dim = state["text_projection"].shape
     vision_width, _, patch, _ = state["visual.conv1.weight"].shape
     patches = state["visual.positional_embedding"].shape[0] - 1  # without the class token
-    layers = [key.split("resblocks")[0] for key in state if key.endswith(".ln_1.weight")]
+
+    # Each block of a tower has one ln_1: "visual.transformer.resblocks.0.ln_1.weight" is of the
+    # tower "visual.transformer.", that of the texts is "transformer."
+    tower_of_block = [key.split("resblocks")[0] for key in state if key.endswith(".ln_1.weight")]
 
     with torch.device("meta"):
         return CLIP(
             embed_dim=embed_dim,
             patch=patch,
             vision_width=vision_width,
-            vision_layers=layers.count("visual.transformer."),
+            vision_layers=tower_of_block.count("visual.transformer."),
             grid=math.isqrt(patches),
             context_length=state["positional_embedding"].shape[0],
             vocab_size=state["token_embedding.weight"].shape[0],
             text_width=text_width,
-            text_layers=layers.count("transformer."),
+            text_layers=tower_of_block.count("transformer."),
             quick_gelu=quick_gelu,
         )
 

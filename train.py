@@ -16,7 +16,7 @@ What stands here
     label_training_set       pseudo-labels of the training images (Sec. 3.4), kept by name
     Run                      bookkeeping of a loop: resume, log, save
     rectify, distill         a stage from a data set on: model, pseudo-labels, loop
-    main                     the command line
+    main                     the command line, with join_processes and keep_freed_memory
 
 The stream of training images yields images, which of their pixels are valid, and names: nothing
 here that learns reads a label of a data set.
@@ -868,14 +868,12 @@ def describe(field):
 def parse_arguments(argv=None):
     """The command line -> (args, DataSet, Options, Settings). ValueError: it does not fit."""
     args = make_parser().parse_args(argv)
-    stages_of = {"teacher": ["distill"]}
+    if args.teacher and args.stage != "distill":
+        raise ValueError("--teacher goes with --stage distill alone")
+    # A student takes prompts and options from its teacher; given here, they would change nothing.
     for name in ("prompts", *(field.name for field in dataclasses.fields(Options))):
-        stages_of[name] = ["rectify", "all"]  # a student has its teacher's
-    for name, stages in stages_of.items():
-        if getattr(args, name) is not None and args.stage not in stages:
-            raise ValueError(f"--{name.replace('_', '-')} goes with --stage "
-                             f"{' or '.join(stages)} alone")
-
+        if args.stage == "distill" and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --stage rectify or all alone")
     if args.exact_gelu and not args.clip:
         raise ValueError("--exact-gelu speaks of the file of --clip: give both")
 
